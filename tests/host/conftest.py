@@ -1,0 +1,28 @@
+"""The real ComfyUI in this process, on the CPU, as nodes meet it: its modules importable, inference mode on."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+if "COMFYUI_PATH" not in os.environ:
+    raise pytest.UsageError("tests/host needs a ComfyUI tree in COMFYUI_PATH: run `python3 dev.py test tests/host`")
+
+sys.path.insert(0, os.environ["COMFYUI_PATH"])
+
+import torch  # noqa: E402
+from comfy.cli_args import args  # noqa: E402
+
+args.cpu = True
+args.disable_api_nodes = True
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def as_a_node_is_executed(request: pytest.FixtureRequest):
+    """execution.py runs nodes in inference mode; mark a test `grad_mode` to leave it. Seeded, so that runs repeat."""
+    torch.manual_seed(0)
+    with torch.inference_mode(request.node.get_closest_marker("grad_mode") is None):
+        yield
