@@ -1,0 +1,1 @@
+"""How several predictions of one step become one: pure torch, no import of ComfyUI."""

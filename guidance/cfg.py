@@ -1,0 +1,43 @@
+"""Classifier-free guidance. Ho & Salimans, arXiv 2207.12598, Eq. 6 (their w is this weight minus 1).
+
+    D = D_u + w (D_c - D_u)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .contract import Guidance, GuidanceError, Setup, Step
+
+
+def cfg(cond: Tensor, uncond: Tensor, weight: float) -> Tensor:
+    """The guided x0; weight 1 is no guidance, 0 the unconditional prediction. Shapes as the inputs."""
+    return uncond + (cond - uncond) * weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class CFG(Guidance):
+    """Replace the sampler's cfg by ``weight`` inside the window. 2 evaluations a step, 1 where the weight is 1."""
+
+    weight: float
+
+    title = "Guidance Weight (CFG)"
+    claims = frozenset({"guidance weight"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not math.isfinite(self.weight):
+            raise GuidanceError(f"{self.title}: weight is {self.weight}; give a finite number, 1 for no guidance.")
+
+    def check(self, setup: Setup) -> None:
+        if self.weight != 1.0 and not setup.has_negative:
+            raise GuidanceError(
+                f"{self.title}: weight {self.weight:g} needs a negative conditioning and this guider has none. "
+                "Use KSampler or CFGGuider with a negative (an empty prompt will do), or set weight to 1."
+            )
+
+    def scale(self, step: Step, weight: float) -> float:
+        return self.weight

@@ -1,0 +1,231 @@
+"""The contract of a guidance method: what it may ask of a step and what it may change.
+
+A method is a frozen dataclass that derives from :class:`Guidance`. It is appended to the plan which a MODEL carries;
+one executor (``host/run.py``) runs the whole plan at every step, in this order:
+
+1. ``scale``      the guidance weight, before anything is evaluated (a weight of 1 drops the negative branch)
+2. ``sources``    which conditioning plays the role "cond" or "uncond" at this step (prompt scheduling)
+3. ``branches``   further conditionings to evaluate; all of them ride in one batched call of the host
+4. ``refine``     change the branch predictions
+5. ``direction``  change delta = cond - uncond; the estimate is then cond + (weight - 1) * direction(delta).
+                  Without such a method it is uncond + weight * (cond - uncond), the host's own formula.
+6. ``term``       add to the estimate
+7. ``finish``     change the estimate
+
+Inside a stage methods run in wiring order (``rank`` moves a method later where the order matters). A method acts only
+while the noise level is inside its ``[start, end]`` window, so no method has to code that itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .space import Parametrisation
+
+
+class GuidanceError(ValueError):
+    """A method cannot act on this model, conditioning or sampler. The message says why and what to do instead."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A conditioning as a branch of the step. Equal when it wraps the same object, so shared anchors cost once."""
+
+    conditioning: Any
+    name: str
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Prompt) and self.conditioning is other.conditioning
+
+    def __hash__(self) -> int:
+        return id(self.conditioning)
+
+
+@dataclass(frozen=True)
+class Mix:
+    """The positive conditioning with its embeddings moved towards ``prompt``: (1 - amount) * positive + amount * prompt."""
+
+    prompt: Prompt
+    amount: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.amount:g} {self.prompt.name} in positive"
+
+
+Branch = Prompt | Mix
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The x0 predictions of a step, each ``[B, C, H, W]`` or ``[B, C, T, H, W]``, float32, model space.
+
+    ``uncond`` is None when the weight is 1 and nothing else needs it. Where an extra branch has no say (outside its
+    area, mask or timestep range) it equals ``cond``.
+    """
+
+    cond: Tensor
+    uncond: Tensor | None
+    extra: Mapping[Branch, Tensor] = field(default_factory=dict)
+
+    def __getitem__(self, branch: Branch) -> Tensor:
+        return self.extra[branch]
+
+    def replace(self, **changes: Tensor) -> Predictions:
+        return replace(self, **changes)
+
+
+@dataclass
+class Step:
+    """What a method may know about the step. Created by the executor for every model call of the sampler.
+
+    Attributes:
+        x: the sampler's tensor, ``[B, C, (T,) H, W]``.
+        sigma: noise level, ``[B]``; ``level``: the same as a number; ``sigma_next``: the level this step leads to.
+        sigmas: the noise levels of the run, ``[N + 1]``.
+        index: position of ``sigma`` in ``sigmas``, 0 .. N - 1. A solver's inner evaluation belongs to the interval
+            that it falls in.
+        weight: the guidance weight after the ``scale`` stage; 1 means no guidance.
+        parametrisation: what sigma means.
+        generator: CPU generator of this run, seeded with the run's seed.
+    """
+
+    x: Tensor
+    sigma: Tensor
+    level: float
+    sigmas: Tensor
+    index: int
+    parametrisation: Parametrisation
+    weight: float = 1.0
+    generator: torch.Generator | None = None
+    percent_to_sigma: Callable[[float], float] = float
+    states: dict[int, dict] = field(default_factory=dict)
+    record: dict[str, Any] | None = None
+
+    @property
+    def steps(self) -> int:
+        return max(len(self.sigmas) - 1, 1)
+
+    @property
+    def sigma_next(self) -> float:
+        return float(self.sigmas[min(self.index + 1, len(self.sigmas) - 1)])
+
+    @property
+    def progress(self) -> float:
+        """0 at the first step of the run, 1 at the last."""
+        return self.index / max(self.steps - 1, 1)
+
+    def state(self, owner: Guidance) -> dict:
+        """A dictionary of ``owner`` that is born with the run and dies with it."""
+        return self.states.setdefault(id(owner), {})
+
+    def within(self, start: float, end: float) -> bool:
+        """Whether sigma lies in the window of timestep percents, both ends included, as the host's own ranges."""
+        return self.percent_to_sigma(end) <= self.level <= self.percent_to_sigma(start)
+
+    def log(self, **values: float | Tensor) -> None:
+        """Record quantities of this step for the trace; free when nobody traces."""
+        if self.record is not None:
+            self.record.update(values)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is known when sampling starts, before the model is evaluated.
+
+    ``weights`` are the guidance weights of the steps after the ``scale`` stage. ``likeness`` tells what a prompt is
+    the same as: "positive", "negative", "empty" (all zeros) or None.
+    """
+
+    cfg: float
+    weights: Sequence[float]
+    has_negative: bool
+    parametrisation: Parametrisation
+    likeness: Callable[[Prompt], str | None] = lambda prompt: None
+
+    @property
+    def guided(self) -> bool:
+        """Whether any step of the run has classifier-free guidance."""
+        return self.has_negative and any(weight != 1.0 for weight in self.weights)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """Base of every guidance method; all hooks are optional. See the module docstring for their order.
+
+    ``start`` and ``end`` are the window in percent of the model's timesteps, 0 (pure noise) .. 1 (clean).
+    """
+
+    start: float = 0.0
+    end: float = 1.0
+
+    title: ClassVar[str] = "Guidance"
+    claims: ClassVar[frozenset[str]] = frozenset()  # exclusive roles: two claims of one role cannot be wired together
+    rank: ClassVar[int] = 0
+    needs_uncond: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.start <= self.end <= 1.0:
+            raise GuidanceError(
+                f"{self.title}: start {self.start:g} and end {self.end:g} must satisfy 0 <= start <= end <= 1."
+            )
+
+    def __deepcopy__(self, memo: dict) -> Guidance:
+        return self  # frozen: a clone of a MODEL shares it, and shared conditionings keep their identity
+
+    def prompts(self) -> Sequence[Branch]:
+        """Every branch beyond cond and uncond that the method may ask for during a run."""
+        return ()
+
+    def check(self, setup: Setup) -> None:
+        """Raise :class:`GuidanceError` if the method cannot act in this run."""
+
+    def scale(self, step: Step, weight: float) -> float:
+        """The weight of this step. Also asked for every step before the run starts, with an empty ``step.x``."""
+        return weight
+
+    def sources(self, step: Step) -> Mapping[str, Branch]:
+        return {}
+
+    def branches(self, step: Step) -> Sequence[Branch]:
+        return ()
+
+    def refine(self, step: Step, preds: Predictions) -> Predictions:
+        return preds
+
+    def direction(self, step: Step, delta: Tensor) -> Tensor:
+        return delta
+
+    def term(self, step: Step, preds: Predictions) -> Tensor | None:
+        return None
+
+    def finish(self, step: Step, x0: Tensor) -> Tensor:
+        return x0
+
+
+def overrides(method: Guidance, hook: str) -> bool:
+    """Whether ``method`` implements ``hook`` itself."""
+    return getattr(type(method), hook) is not getattr(Guidance, hook)
+
+
+Plan = tuple[Guidance, ...]
+
+
+def extended(plan: Plan, method: Guidance) -> Plan:
+    """``plan`` with ``method`` appended.
+
+    Raises:
+        GuidanceError: two methods claim the same exclusive role; names both and the way out.
+    """
+    for other in plan:
+        for role in sorted(other.claims & method.claims):
+            raise GuidanceError(
+                f"'{method.title}' and '{other.title}' both decide the {role}, so they cannot act on the same MODEL. "
+                f"Keep one of them, or give each its own sampler by branching the MODEL line before the first."
+            )
+    return (*plan, method)

@@ -1,0 +1,152 @@
+"""Bring a method's own conditionings into the guider's run, as if the user had wired them to the sampler.
+
+They join ``guider.conds`` before the host loads models and processes conditionings, so areas, masks, ControlNets,
+timestep ranges and hooks of an anchor are handled by the host's own code.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterable
+
+import comfy.hooks
+import comfy.sampler_helpers as helpers
+import comfy.samplers as samplers
+import torch
+
+from ..guidance.contract import Branch, GuidanceError, Mix, Prompt
+
+Conds = list[dict]
+TENSORS = {"cross_attn": "text features", "pooled_output": "pooled features"}
+PARTIAL = {"area", "mask", "start_percent", "end_percent", "clip_start_percent", "default"}
+
+
+def converted(prompt: Prompt) -> Conds:
+    """A node's CONDITIONING in the form that guiders keep, with fresh uuids (cache packs key on them)."""
+    if not prompt.conditioning:
+        raise GuidanceError(f"The {prompt.name} conditioning is an empty list; connect the output of a text encode node.")
+    return helpers.convert_cond(prompt.conditioning)
+
+
+def check_encoder(name: str, conds: Conds, positive: Conds) -> None:
+    """Refuse conditionings of another text encoder than the positive's, by the width of their features."""
+    for key, what in TENSORS.items():
+        expected = {c[key].shape[-1] for c in positive if c.get(key) is not None}
+        for width in {c[key].shape[-1] for c in conds if c.get(key) is not None}:
+            if expected and width not in expected:
+                raise GuidanceError(
+                    f"The {name} conditioning has {width} {what} and the positive has {', '.join(map(str, expected))}: "
+                    "they come from different text encoders. Encode both with the CLIP of the checkpoint you sample."
+                )
+        if expected and not any(c.get(key) is not None for c in conds):
+            raise GuidanceError(
+                f"The {name} conditioning has no {what} but the positive has. Encode both with the same text encode node."
+            )
+
+
+def same_prompt(a: Conds, b: Conds) -> bool:
+    """Whether two conditionings hold equal tensors and equal settings (area, mask, range, control, hooks)."""
+    return len(a) == len(b) and all(map(_same_entry, a, b))
+
+
+def _same_entry(a: dict, b: dict) -> bool:
+    keys = (set(a) | set(b)) - {"model_conds", "uuid"}
+    return all(_same_value(a.get(key), b.get(key)) for key in keys)
+
+
+def _same_value(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a is b or (a.shape == b.shape and torch.equal(a, b))
+    if isinstance(a, (bool, int, float, str, tuple)) and isinstance(b, (bool, int, float, str, tuple)):
+        return a == b
+    return a is b
+
+
+def is_empty(conds: Conds) -> bool:
+    """All features are zero: what ConditioningZeroOut gives."""
+    tensors = [c[key] for c in conds for key in TENSORS if c.get(key) is not None]
+    return bool(tensors) and not any(bool(t.any()) for t in tensors)
+
+
+def mixed(mix: Mix, positive: Conds) -> Conds:
+    """The positive with its features moved towards the prompt's; areas, controls and hooks stay the positive's."""
+    other = converted(mix.prompt)[0]
+    out = []
+    for entry in positive:
+        entry = {**entry, "uuid": uuid.uuid4(), "model_conds": {}}
+        for key, what in TENSORS.items():
+            a, b = entry.get(key), other.get(key)
+            if a is None or b is None:
+                continue
+            if a.shape[1:] != b.shape[1:]:
+                raise GuidanceError(
+                    f"The {mix.prompt.name} conditioning has {what} of shape {tuple(b.shape)} and the positive "
+                    f"{tuple(a.shape)}, so they cannot be mixed. Make both prompts about the same length (one block of 77 "
+                    "tokens for CLIP), or use the alternate mode."
+                )
+            entry[key] = torch.lerp(a, b.to(a), mix.amount)
+        out.append(entry)
+    return out
+
+
+def convert_branches(branches: Iterable[Branch], positive: Conds) -> dict[Branch, Conds]:
+    """Every branch of a plan as the guider's conds; duplicates fall together."""
+    out: dict[Branch, Conds] = {}
+    for branch in branches:
+        if branch in out:
+            continue
+        prompt = branch.prompt if isinstance(branch, Mix) else branch
+        check_encoder(prompt.name, converted(prompt), positive)
+        out[branch] = mixed(branch, positive) if isinstance(branch, Mix) else converted(branch)
+    return out
+
+
+def likeness(positive: Conds, negative: Conds | None) -> Callable[[Prompt], str | None]:
+    """See ``Setup.likeness``."""
+
+    def of(prompt: Prompt) -> str | None:
+        conds = converted(prompt)
+        if same_prompt(conds, positive):
+            return "positive"
+        if negative is not None and same_prompt(conds, negative):
+            return "negative"
+        return "empty" if is_empty(conds) else None
+
+    return of
+
+
+def is_partial(conds: Conds) -> bool:
+    """Whether some of the picture or of the run may be covered by no entry."""
+    return not any(PARTIAL.isdisjoint(c) for c in conds)
+
+
+def join(guider: samplers.CFGGuider, conds: dict[str, Conds]) -> None:
+    """Add ``conds`` to the guider's own for this run, and register their hooks with the host.
+
+    ``CFGGuider.sample`` registers hooks before any wrapper runs, so the steps it took for its own conds are repeated
+    here for the new ones.
+    """
+    samplers.preprocess_conds_hooks(conds)
+    everyone = {**guider.conds, **conds}
+    hooks, all_hooks = comfy.hooks.HookGroup(), comfy.hooks.HookGroup()
+    for name, entries in everyone.items():
+        helpers.get_hooks_from_cond(entries, all_hooks)
+        if name in conds:
+            helpers.get_hooks_from_cond(entries, hooks)
+    if len(hooks):
+        _register(guider, hooks, all_hooks)
+    samplers.filter_registered_hooks_on_conds(conds, guider.model_options)
+    guider.conds = everyone
+
+
+def _register(guider: samplers.CFGGuider, hooks: comfy.hooks.HookGroup, all_hooks: comfy.hooks.HookGroup) -> None:
+    if guider.model_patcher.is_dynamic():  # as CFGGuider.inner_set_conds: dynamic weights cannot take hooks
+        guider.model_patcher = guider.model_patcher.get_non_dynamic_delegate()
+    patcher, options = guider.model_patcher, guider.model_options
+    registered = options.setdefault("registered_hooks", comfy.hooks.HookGroup())
+    target = comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model)
+    for kind in (comfy.hooks.EnumHookType.TransformerOptions, comfy.hooks.EnumHookType.AdditionalModels):
+        for hook in hooks.get_type(kind):
+            if hook not in registered.hooks:
+                hook.add_hook_patches(patcher, options, target, registered)
+    patcher.register_all_hook_patches(all_hooks, target, options, registered)

@@ -1,0 +1,322 @@
+"""Run a plan: one :class:`Run` per sampling, from the OUTER_SAMPLE wrapper to the last step.
+
+The run owns all state. It sits in the guider's copy of ``model_options`` for as long as the host samples, so it is born
+when sampling starts and gone when it ends, is cancelled or raises.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import comfy.model_sampling
+import comfy.patcher_extension as ext
+import comfy.samplers as samplers
+import torch
+from torch import Tensor
+
+from ..guidance.contract import Branch, GuidanceError, Plan, Predictions, Setup, Step, overrides
+from ..guidance.space import Parametrisation, cosine, norm, residual
+from ..guidance.trace import Trace, plain
+from . import conds
+
+log = logging.getLogger("rudder")
+
+KEY = "rudder"  # of the plan in a MODEL's options, and of the wrappers that a run installs
+
+
+def plan_of(model_options: dict) -> Plan:
+    """The plan that a MODEL's options carry; empty when no Rudder node has touched it."""
+    return model_options.get(KEY, ())
+
+
+def sample(executor: Callable, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *args, **kwargs):
+    """OUTER_SAMPLE wrapper: check, bring in the extra conditionings, sample, clean up. Signature of the host's."""
+    guider: samplers.CFGGuider = executor.class_obj
+    plan = plan_of(guider.model_options)
+    if not plan:
+        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+    check_inputs(guider, noise, latent_image, sigmas)
+    seed = args[3] if len(args) > 3 else kwargs.get("seed")
+    own = guider.conds
+    run = Run(guider, plan, sigmas, seed)
+    # Appended last, so it runs innermost: wrappers of other packs (cfg overrides, step caches) see it as the guider.
+    options = guider.model_options
+    ext.add_wrapper_with_key(ext.WrappersMP.PREDICT_NOISE, KEY, run.predict_noise, options, is_model_options=True)
+    ext.add_wrapper_with_key(ext.WrappersMP.PREPARE_SAMPLING, KEY, run.reserve_memory, options, is_model_options=True)
+    try:
+        out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+    except BaseException:
+        guider.conds = own  # the host drops conds only after success
+        raise
+    run.finish()
+    return out
+
+
+def check_inputs(guider: samplers.CFGGuider, noise: Tensor, latent_image: Tensor, sigmas: Tensor) -> None:
+    """Refuse what would fail late or silently: other guiders, NaN, no steps."""
+    if type(guider).predict_noise is not samplers.CFGGuider.predict_noise:
+        raise GuidanceError(
+            f"The guider '{type(guider).__name__}' combines predictions itself, so Rudder's guidance nodes on this MODEL "
+            "could not act. Use CFGGuider (or KSampler), or remove the Rudder nodes from this MODEL."
+        )
+    for name, tensor in (("latent_image", latent_image), ("noise", noise)):
+        if not bool(torch.isfinite(tensor).all()):
+            raise GuidanceError(
+                f"The sampler's {name} holds NaN or infinite values, so every prediction would too. Look at the node that "
+                "made it: a VAE Encode that overflows in half precision (start ComfyUI with --fp32-vae), or a broken file."
+            )
+    if len(sigmas) < 2:
+        raise GuidanceError("The sampler got no step: its sigmas hold fewer than two values. Use steps of at least 1.")
+
+
+def parametrisation_of(model_sampling: Any) -> Parametrisation:
+    """What sigma means for this model. V_PREDICTION derives from EPS in the host, so it is asked first."""
+    if isinstance(model_sampling, comfy.model_sampling.CONST):
+        return Parametrisation.FLOW
+    if isinstance(model_sampling, comfy.model_sampling.V_PREDICTION):
+        return Parametrisation.V
+    return Parametrisation.EPS
+
+
+def step_index(sigmas: Tensor, sigma: float) -> int:
+    """The step that a noise level belongs to: ``sigmas[i] >= sigma > sigmas[i + 1]``, with room for rounding."""
+    reached = int((sigmas[:-1] >= sigma * (1 - 1e-5)).sum())
+    return max(reached - 1, 0)
+
+
+def describe(function: Callable) -> str:
+    return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', type(function).__name__)}"
+
+
+class Run:
+    """The state of one sampling. Everything a method remembers lives in ``self.states``."""
+
+    def __init__(self, guider: samplers.CFGGuider, plan: Plan, sigmas: Tensor, seed: int | None) -> None:
+        self.plan = tuple(sorted(plan, key=lambda method: method.rank))  # stable: wiring order inside a rank
+        self.sigmas = sigmas.detach().float().cpu()
+        self.generator = torch.Generator().manual_seed(seed or 0)
+        self.states: dict[int, dict] = {}
+        model_sampling = guider.model_patcher.get_model_object("model_sampling")
+        self.parametrisation = parametrisation_of(model_sampling)
+        self.percent_to_sigma = functools.cache(model_sampling.percent_to_sigma)  # reads the device at every call
+        self.recorders = [method.recorder for method in plan if isinstance(method, Trace)]
+        self.records: list[dict[str, Any]] = []
+        self.evaluations = self.calls = 0
+        self.cfg = float(guider.cfg)
+
+        positive, negative = guider.conds["positive"], guider.conds.get("negative")
+        branches = conds.convert_branches((b for method in plan for b in method.prompts()), positive)
+        self.partial = {branch for branch, entries in branches.items() if conds.is_partial(entries)}
+        self.keys: dict[Branch, str] = {branch: f"rudder_{i}" for i, branch in enumerate(branches)}
+        self.check(guider, conds.likeness(positive, negative))
+        conds.join(guider, {self.keys[branch]: entries for branch, entries in branches.items()})
+
+    def check(self, guider: samplers.CFGGuider, likeness: Callable) -> None:
+        """Let every method say whether it can act in this run, before anything is loaded or evaluated."""
+        steps = [self.step(torch.empty(0), sigma.reshape(1), {}) for sigma in self.sigmas[:-1]]
+        weights = [self.weight(step, self.active(step), self.cfg) for step in steps]
+        setup = Setup(
+            cfg=self.cfg,
+            weights=weights,
+            has_negative=guider.conds.get("negative") is not None,
+            parametrisation=self.parametrisation,
+            likeness=likeness,
+        )
+        for method in self.plan:
+            if not any(step.within(method.start, method.end) for step in steps):
+                raise GuidanceError(
+                    f"{method.title}: none of the {len(steps)} steps lies between start {method.start:g} and end "
+                    f"{method.end:g}, so it could not act. Widen the window or use more steps."
+                )
+            method.check(setup)
+        foreign = guider.model_options.get("sampler_cfg_function")
+        if foreign is None:
+            return
+        for method in self.plan:
+            if overrides(method, "direction"):
+                raise GuidanceError(
+                    f"'{method.title}' and the CFG function {describe(foreign)} of another node both replace the CFG "
+                    "formula; only one can. Remove one of the two nodes from this MODEL."
+                )
+        log.warning(
+            "Another node's CFG function (%s) replaces the CFG formula on this MODEL; Rudder's methods (%s) hand it their "
+            "predictions and weight.", describe(foreign), self.titles(),
+        )
+
+    def titles(self) -> str:
+        return " + ".join(method.title for method in self.plan)
+
+    def step(self, x: Tensor, sigma: Tensor, states: dict[int, dict]) -> Step:
+        level = float(sigma.max())
+        return Step(
+            x=x,
+            sigma=sigma,
+            level=level,
+            sigmas=self.sigmas,
+            index=step_index(self.sigmas, level),
+            parametrisation=self.parametrisation,
+            generator=self.generator,
+            percent_to_sigma=self.percent_to_sigma,
+            states=states,
+            record={} if self.recorders else None,
+        )
+
+    def active(self, step: Step) -> Plan:
+        return tuple(method for method in self.plan if step.within(method.start, method.end))
+
+    def weight(self, step: Step, plan: Plan, weight: float) -> float:
+        for method in plan:
+            weight = method.scale(step, weight)
+        return weight
+
+    def reserve_memory(self, executor: Callable, model: Any, noise_shape: Any, *args, **kwargs):
+        """PREPARE_SAMPLING wrapper: the host plans memory for two branches; plan for ours too, so that they fit."""
+        batch = math.ceil(noise_shape[0] * (2 + len(self.keys)) / 2)
+        return executor(model, [batch, *noise_shape[1:]], *args, **kwargs)
+
+    def predict_noise(
+        self, executor: Callable, x: Tensor, timestep: Tensor, model_options: dict | None = None, seed: int | None = None
+    ) -> Tensor:
+        """PREDICT_NOISE wrapper: the plan in place of ``CFGGuider.predict_noise``. Returns the guided x0."""
+        guider, options = executor.class_obj, model_options or {}
+        step = self.step(x, timestep, self.states)
+        plan = self.active(step)
+        step.weight = self.weight(step, plan, float(guider.cfg))
+        plain_preds, roles = self.evaluate(guider, step, plan, options)
+        preds = plain_preds
+        for method in plan:
+            preds = method.refine(step, preds)
+        x0 = self.combine(guider, step, plan, preds, roles, options)
+        self.record(step, plain_preds, preds)
+        return x0
+
+    def evaluate(
+        self, guider: samplers.CFGGuider, step: Step, plan: Plan, options: dict
+    ) -> tuple[Predictions, list[list[dict] | None]]:
+        """All branches of the step in one call of the host's batching, then other packs' pre-CFG functions.
+
+        Returns the predictions and the conds behind cond and uncond, in the host's order.
+        """
+        sources: dict[str, Branch] = {}
+        for method in plan:
+            sources.update(method.sources(step))
+        extra = list(dict.fromkeys(b for method in plan for b in method.branches(step) if b != sources.get("cond")))
+        unguided = math.isclose(step.weight, 1.0)
+        skip_uncond = unguided and not options.get("disable_cfg1_optimization", False)
+        uncond = None
+        if not skip_uncond or any(method.needs_uncond for method in plan):
+            uncond = self.branch_conds(guider, sources.get("uncond"), "negative")
+            if uncond is None and not unguided:
+                raise GuidanceError(
+                    f"The guidance weight is {step.weight:g} but the guider has no negative conditioning. Use CFGGuider or "
+                    "KSampler with a negative (an empty prompt will do), or keep the weight at 1."
+                )
+        roles = [self.branch_conds(guider, sources.get("cond"), "positive"), uncond]
+        out, others = self.call_model(guider, step, options, roles, [guider.conds[self.keys[b]] for b in extra])
+        self.calls += 1
+        step.log(evaluations=len(extra) + sum(entry is not None for entry in roles))
+        self.evaluations += len(extra) + sum(entry is not None for entry in roles)
+
+        for function in options.get("sampler_pre_cfg_function", []):
+            out = function(
+                {"conds": roles, "conds_out": out, "cond_scale": step.weight, "timestep": step.sigma, "input": step.x,
+                 "sigma": step.sigma, "model": guider.inner_model, "model_options": options}
+            )
+        cond = out[0]
+        predictions = {b: self.covered(b, pred, cond) for b, pred in zip(extra, others, strict=True)}
+        if "cond" in sources:
+            predictions[sources["cond"]] = cond
+        return Predictions(cond, out[1] if uncond is not None else None, predictions), roles
+
+    def branch_conds(self, guider: samplers.CFGGuider, branch: Branch | None, role: str) -> list[dict] | None:
+        return guider.conds.get(role) if branch is None else guider.conds[self.keys[branch]]
+
+    def call_model(
+        self, guider: samplers.CFGGuider, step: Step, options: dict, roles: list, extra: list
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Evaluate in the host. A foreign batch function expects exactly cond and uncond, so it gets just those."""
+        model = guider.inner_model
+        foreign = options.get("sampler_calc_cond_batch_function")
+        if foreign is None:
+            out = samplers.calc_cond_batch(model, [*roles, *extra], step.x, step.sigma, options)
+            return list(out[:2]), list(out[2:])
+        arguments = {"conds": roles, "input": step.x, "sigma": step.sigma, "model": model, "model_options": options}
+        others = samplers.calc_cond_batch(model, extra, step.x, step.sigma, options) if extra else []
+        return foreign(arguments), others
+
+    def covered(self, branch: Branch, pred: Tensor, cond: Tensor) -> Tensor:
+        """``pred``, with ``cond`` where the branch's areas, masks or ranges leave nothing: the host puts zeros there."""
+        if branch not in self.partial:
+            return pred
+        return torch.where((pred != 0).any(dim=1, keepdim=True), pred, cond)
+
+    def combine(
+        self, guider: samplers.CFGGuider, step: Step, plan: Plan, preds: Predictions, roles: list, options: dict
+    ) -> Tensor:
+        """The guided x0 from refined predictions, then other packs' post-CFG functions, as the host runs them."""
+        model, cond = guider.inner_model, preds.cond
+        uncond = torch.zeros_like(cond) if preds.uncond is None else preds.uncond  # what the host hands out then
+        directions = [method for method in plan if overrides(method, "direction")]
+        if directions and preds.uncond is not None:
+            delta = cond - uncond
+            for method in directions:
+                delta = method.direction(step, delta)
+            x0 = cond + (step.weight - 1) * delta
+        else:
+            bare = {**options, "sampler_post_cfg_function": []}
+            x0 = samplers.cfg_function(
+                model, cond, uncond, step.weight, step.x, step.sigma, model_options=bare, cond=roles[0], uncond=roles[1]
+            )
+        for method in plan:
+            added = method.term(step, preds)
+            x0 = x0 if added is None else x0 + added
+        for method in plan:
+            x0 = method.finish(step, x0)
+        for function in options.get("sampler_post_cfg_function", []):
+            x0 = function(
+                {"denoised": x0, "cond": roles[0], "uncond": roles[1], "cond_scale": step.weight, "model": model,
+                 "uncond_denoised": uncond, "cond_denoised": cond, "sigma": step.sigma, "model_options": options,
+                 "input": step.x}
+            )
+        return x0
+
+    def record(self, step: Step, plain_preds: Predictions, preds: Predictions) -> None:
+        if step.record is None:
+            return
+        step.log(index=step.index, sigma=step.level, weight=step.weight)
+        if plain_preds.uncond is not None:
+            e_cond, e_uncond = residual(step.x, plain_preds.cond), residual(step.x, plain_preds.uncond)
+            step.log(
+                cosine=cosine(e_cond, e_uncond),
+                guidance_norm=norm(plain_preds.cond - plain_preds.uncond),
+                cond_norm=norm(plain_preds.cond),
+            )
+        if preds.cond is not plain_preds.cond:
+            step.log(change_norm=norm(preds.cond - plain_preds.cond))
+        self.records.append({name: plain(value) for name, value in step.record.items()})
+
+    def finish(self) -> None:
+        """Report the cost, and hand the records to the trace nodes."""
+        mean = self.evaluations / max(self.calls, 1)
+        log.info("Rudder: %s: %d model evaluations in %d calls (%.2f each)", self.titles(), self.evaluations, self.calls, mean)
+        run = {
+            "methods": [method.title for method in self.plan if not isinstance(method, Trace)],
+            "cfg": self.cfg,
+            "parametrisation": self.parametrisation.value,
+            "evaluations": self.evaluations,
+            "steps": self.records,
+        }
+        for recorder in self.recorders:
+            recorder.runs[executing_node()] = run
+
+
+def executing_node() -> str:
+    """The id of the sampler node that is running, so that its next run replaces its last one."""
+    from comfy_execution.utils import get_executing_context
+
+    context = get_executing_context()
+    return context.node_id if context else ""

@@ -1,0 +1,94 @@
+"""Tiny models with random weights, built from the host's own classes: one UNet (eps), one Flux (flow).
+
+They are seeded and keep their full machinery (cross-attention, pooled vectors, the host's cond batching), so what holds
+for them holds for their large siblings.
+"""
+
+from __future__ import annotations
+
+import comfy.latent_formats
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sample
+import comfy.samplers
+import comfy.supported_models
+import torch
+
+CONTEXT = 32
+POOLED = 16
+
+
+def _patcher(config: comfy.supported_models.supported_models_base.BASE, factory) -> comfy.model_patcher.ModelPatcher:
+    with torch.inference_mode(False), torch.random.fork_rng():
+        torch.manual_seed(1234)
+        config.set_inference_dtype(torch.float32, None)
+        model = config.get_model({}, "", device=None)
+        for parameter in model.parameters():
+            parameter.data = torch.randn_like(parameter) * 0.05
+        model.eval()
+    management = comfy.model_management
+    patcher = comfy.model_patcher.ModelPatcher(
+        model, load_device=management.get_torch_device(), offload_device=management.unet_offload_device()
+    )
+    patcher.cached_patcher_init = (factory, ())
+    return patcher
+
+
+def tiny_unet(disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """SD1.5 in small: epsilon prediction, 4 latent channels, cross-attention to CONTEXT features."""
+
+    class Tiny(comfy.supported_models.SD15):
+        unet_extra_config = {"num_heads": 2, "num_head_channels": -1}
+
+    unet = {
+        "image_size": 32, "use_spatial_transformer": True, "legacy": False, "adm_in_channels": None, "in_channels": 4,
+        "out_channels": 4, "model_channels": 32, "num_res_blocks": [1, 1], "transformer_depth": [1, 1],
+        "transformer_depth_output": [1, 1, 1, 1], "transformer_depth_middle": 1, "channel_mult": [1, 2],
+        "context_dim": CONTEXT, "use_linear_in_transformer": False, "use_temporal_attention": False,
+    }
+    return _patcher(Tiny(unet), tiny_unet)
+
+
+def tiny_flux(disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """Flux in small, without distilled guidance: rectified flow, 16 latent channels, joint attention, pooled vectors."""
+
+    class Tiny(comfy.supported_models.FluxSchnell):
+        pass
+
+    unet = {
+        "image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "vec_in_dim": POOLED,
+        "context_in_dim": CONTEXT, "hidden_size": 64, "mlp_ratio": 4.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 1,
+        "axes_dim": [8, 12, 12], "theta": 10000, "qkv_bias": True, "guidance_embed": False, "txt_ids_dims": [],
+    }
+    import comfy.ldm.flux.model as flux
+    from dataclasses import fields
+
+    known = {field.name for field in fields(flux.FluxParams)}
+    return _patcher(Tiny({key: value for key, value in unet.items() if key in known | {"image_model"}}), tiny_flux)
+
+
+MODELS = {"unet": tiny_unet, "flux": tiny_flux}
+CHANNELS = {"unet": 4, "flux": 16}
+
+
+def conditioning(seed: int, tokens: int = 7, **options) -> list:
+    """A CONDITIONING as text encode nodes give it: random features and pooled vector, distinct by seed."""
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(1, tokens, CONTEXT, generator=generator)
+    return [[features, {"pooled_output": torch.randn(1, POOLED, generator=generator), **options}]]
+
+
+def latent(kind: str, batch: int = 1, size: int = 8) -> torch.Tensor:
+    return torch.zeros(batch, CHANNELS[kind], size, size)
+
+
+def sample(
+    model, kind: str, positive, negative, *, cfg: float = 4.0, steps: int = 4, batch: int = 1, seed: int = 7, size: int = 8,
+    sampler: str = "euler", image: torch.Tensor | None = None, **options,
+) -> torch.Tensor:
+    """What the KSampler node does."""
+    image = latent(kind, batch, size) if image is None else image
+    noise = comfy.sample.prepare_noise(image, seed)
+    return comfy.sample.sample(
+        model, noise, steps, cfg, sampler, "normal", positive, negative, image, disable_pbar=True, seed=seed, **options
+    )
