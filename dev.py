@@ -23,7 +23,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import queue
 import re
 import shutil
 import signal
@@ -34,13 +33,12 @@ import sys
 import sysconfig
 import tarfile
 import tempfile
-import threading
 import time
 import urllib.error
 import urllib.request
 import uuid
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +54,7 @@ SOURCES = {
     FLOOR: ("1.4.0", "63c1a71faacc2b3f50e0eb812f530fe05e722fc46a46d96ec78d97a6eaca0e83"),
 }
 PYTHONS = ((3, 10), (3, 13))
+TEMP = ("TMPDIR", "TEMP", "TMP")
 DISK_GB = 8
 START_SECONDS = 300
 QUIET = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
@@ -74,6 +73,12 @@ class Host:
     python: Path
     version: str
     foreign: bool = False
+
+
+@dataclass(frozen=True)
+class Server:
+    address: str  # host:port
+    process: subprocess.Popen[Any]
 
 
 # ---------------------------------------------------------------------------------------------------- set-up
@@ -195,34 +200,20 @@ def flush_disk() -> None:
 def pip(python: Path, arguments: list[str], work: Path, total: int = 1) -> None:
     """Run pip and condense what it prints to one line a package; raise with the end of its output if it fails."""
     settings = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1", "PIP_USER": "0", "PYTHONUNBUFFERED": "1"}
-    env = {**os.environ, **settings, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(work))}
+    env = {**os.environ, **settings, **dict.fromkeys(TEMP, str(work))}
     command = [str(python), "-m", "pip", arguments[0], "--progress-bar", "off", *arguments[1:]]
-    process = subprocess.Popen(
-        command,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        close_fds=False,
-    )
-    lines: queue.Queue[str | None] = queue.Queue()
-    threading.Thread(target=feed, args=(process.stdout, lines), daemon=True).start()
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    process = subprocess.Popen(command, env=env, close_fds=False, **pipes)  # the lock's descriptor stays open in it
     tail: deque[str] = deque(maxlen=15)
-    started, count, doing = time.monotonic(), 0, "starting pip"
+    started, count = time.monotonic(), 0
     with stopping(process):
-        while True:
-            with contextlib.suppress(queue.Empty):
-                line = lines.get(timeout=1 if sys.stdout.isatty() else 20)
-                if line is None:
-                    break
-                tail.append(line.rstrip())
-                word = line.split()[0] if line.strip() else ""
-                if word not in ("Collecting", "Processing", "Downloading", "Installing", "Preparing"):
-                    continue
-                count += word in ("Collecting", "Processing")
-                doing = line.split(" (from ")[0].strip()[:70]
-            progress(f"[{count} of {total}] {clock(started)} {doing}")
+        for line in process.stdout:
+            tail.append(line.rstrip())
+            word = (line.split() or [""])[0]
+            count += word in ("Collecting", "Processing")
+            if word in ("Collecting", "Processing", "Downloading", "Installing"):
+                doing = f"installing {count} packages" if word == "Installing" else line.split(" (from ")[0].strip()
+                progress(f"[{count} of {total}] {clock(started)} {doing[:80]}")
         code = process.wait()
     end_progress()
     if code:
@@ -232,12 +223,6 @@ def pip(python: Path, arguments: list[str], work: Path, total: int = 1) -> None:
             "If the network failed, run the same dev.py command again: finished downloads are kept. If a hash does "
             "not match, the index served another file than the one that was locked: do not install it."
         )
-
-
-def feed(stream: Iterable[str], lines: queue.Queue[str | None]) -> None:
-    for line in stream:
-        lines.put(line)
-    lines.put(None)
 
 
 def clock(started: float) -> str:
@@ -377,15 +362,15 @@ def server_command(host: Host, base: Path, output: Path, port: int) -> list[str]
 
 
 @contextlib.contextmanager
-def server(host: Host, base: Path, output: Path, port: int = 0, log: Path | None = None) -> Iterator[str]:
-    """ComfyUI with the pack, on loopback, for as long as the block lasts. Yields host:port.
+def server(host: Host, base: Path, output: Path, port: int = 0, log: Path | None = None) -> Iterator[Server]:
+    """ComfyUI with the pack, on loopback, for as long as the block lasts.
 
     `base` is a private folder for all that ComfyUI writes besides `output`. Without `log` it prints to our console.
     """
     for folder in (base, output):
         folder.mkdir(parents=True, exist_ok=True)
     link_pack((host.tree if host.foreign else base) / "custom_nodes")
-    port = port or free_port()
+    port = free_port(port)
     with contextlib.ExitStack() as stack:
         stream = stack.enter_context(open(log, "w", encoding="utf-8")) if log else None
         process = subprocess.Popen(
@@ -393,7 +378,7 @@ def server(host: Host, base: Path, output: Path, port: int = 0, log: Path | None
         )
         stack.enter_context(stopping(process))
         wait_until_up(process, f"127.0.0.1:{port}")
-        yield f"127.0.0.1:{port}"
+        yield Server(f"127.0.0.1:{port}", process)
 
 
 @contextlib.contextmanager
@@ -410,9 +395,15 @@ def stopping(process: subprocess.Popen[Any]) -> Iterator[None]:
             process.wait()
 
 
-def free_port() -> int:
+def free_port(wanted: int = 0) -> int:
+    """A free loopback port, or `wanted` if it is free: whoever already listens there would answer in our place."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        if os.name != "nt":
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", wanted))
+        except OSError:
+            raise Problem(f"port {wanted} is in use: choose another with --port") from None
         return probe.getsockname()[1]
 
 
@@ -454,21 +445,13 @@ json.dump(convert_ui_to_api(given["workflow"], given["object_info"]), sys.stdout
 
 def convert(python: Path, workflow: dict[str, Any], object_info: dict[str, Any]) -> dict[str, Any]:
     """A workflow as people share it (UI format) -> what the server queues (API format), by comfy-cli's converter."""
-    unknown = sorted({n["type"] for n in workflow.get("nodes", ()) if is_unknown(n, workflow, object_info)})
-    if unknown:
-        raise Problem(f"the workflow uses node types this ComfyUI does not have: {', '.join(unknown)}")
+    if not isinstance(workflow, dict):
+        raise Problem("this file holds no workflow")
     given = json.dumps({"workflow": workflow, "object_info": object_info})
     done = subprocess.run([str(python), "-c", CONVERTER], input=given, capture_output=True, text=True, encoding="utf-8")
     if done.returncode:
         raise Problem("the workflow could not be converted: " + done.stderr.strip().splitlines()[-1])
     return json.loads(done.stdout)
-
-
-def is_unknown(node: dict[str, Any], workflow: dict[str, Any], object_info: dict[str, Any]) -> bool:
-    """Muted and bypassed nodes, subgraphs and the frontend's own nodes are not looked up on the server."""
-    frontend = {"Note", "MarkdownNote", "PrimitiveNode", "Reroute", "GetNode", "SetNode"}
-    subgraphs = {s["id"] for s in workflow.get("definitions", {}).get("subgraphs", ())}
-    return node.get("mode", 0) not in (2, 4) and node["type"] not in frontend | subgraphs | set(object_info)
 
 
 def set_seeds(prompt: dict[str, Any], seed: int) -> int:
@@ -492,7 +475,8 @@ def refusal(answer: dict[str, Any]) -> str:
             lines.append(f"{where}: {error['message']}: {error['details']}")
     top = answer.get("error") or {}
     if not lines and isinstance(top, dict):
-        lines = [f"{top.get('message')}: {top.get('details')}"]
+        node = (top.get("extra_info") or {}).get("class_type", "")
+        lines = [f"{node} {top.get('message')} {top.get('details')}".strip()]
     return "ComfyUI refused the workflow:\n  " + "\n  ".join(lines or [str(top)])
 
 
@@ -523,13 +507,11 @@ def follow(messages: Iterator[dict[str, Any]], prompt: dict[str, Any], prompt_id
         name = prompt.get(str(data.get("node")), {}).get("class_type", "")
         if kind == "executing" and name:
             progress(f"{clock(started)} {name}")
-        elif kind == "progress" and name:
+        elif kind == "progress" and name and (sys.stdout.isatty() or data["value"] == data["max"]):
             progress(f"{clock(started)} {name} {data['value']}/{data['max']}")
         elif kind == "execution_success":
-            end_progress()
-            return
+            return end_progress()
         elif kind == "execution_error":
-            end_progress()
             what = f"{data['exception_type']}: {data['exception_message'].strip()}"
             raise Problem(f"{data['node_type']} (node {data['node_id']}) failed: {what}")
         elif kind == "execution_interrupted":
@@ -584,11 +566,11 @@ def command_run(args: argparse.Namespace, rest: list[str]) -> int:
     try:
         with tempfile.TemporaryDirectory(prefix="rudder-") as base:
             print(f"starting ComfyUI {host.version}", flush=True)
-            with server(host, Path(base), out, log=log) as address:
-                prompt = convert(converter, workflow, fetch(address, "/object_info"))
+            with server(host, Path(base), out, log=log) as comfy:
+                prompt = convert(converter, workflow, fetch(comfy.address, "/object_info"))
                 if args.seed is not None and not set_seeds(prompt, args.seed):
                     raise Problem(f"--seed: no node of {workflow_file.name} has a seed widget")
-                files = run_prompt(address, prompt)
+                files = run_prompt(comfy.address, prompt)
     except Problem as problem:
         raise Problem(f"{problem}\nComfyUI's log: {log}") from None
     log.unlink()
@@ -600,11 +582,13 @@ def command_run(args: argparse.Namespace, rest: list[str]) -> int:
 def command_serve(args: argparse.Namespace, rest: list[str]) -> int:
     host = find_host(args)
     base = cache_dir() / "serve" / hashlib.sha256(str(ROOT).encode()).hexdigest()[:12]
-    with server(host, base, Path(args.out).resolve(), args.port) as address:
+    with server(host, base, Path(args.out).resolve(), args.port) as comfy:
         models = (host.tree if host.foreign else base) / "models"
-        print(f"\nComfyUI {host.version} with Rudder: http://{address}   models: {models}   Ctrl-C ends it", flush=True)
-        threading.Event().wait()
-    return 0
+        print(
+            f"\nComfyUI {host.version} with Rudder: http://{comfy.address}\nmodels in {models}; Ctrl-C ends it",
+            flush=True,
+        )
+        return comfy.process.wait()
 
 
 def command_test(args: argparse.Namespace, rest: list[str]) -> int:
@@ -648,14 +632,28 @@ def phase_arguments(kind: str, rest: list[str]) -> list[str] | None:
 
 def run_phase(python: Path, kind: str, arguments: list[str], host: Host | None) -> int:
     if kind == "ruff":
-        return subprocess.run([str(python), "-m", "ruff", "check", str(ROOT)]).returncode
+        return call([str(python), "-m", "ruff", "check", str(ROOT)])
     env = {**os.environ, **QUIET}
     env.pop("COMFYUI_PATH", None)
     with tempfile.TemporaryDirectory(prefix=f"rudder-{kind}-") as private:
-        env.update(dict.fromkeys(("TMPDIR", "TEMP", "TMP"), private))
+        env.update(dict.fromkeys(TEMP, private))
         if host:
             env["COMFYUI_PATH"] = str(host.tree)
-        return subprocess.run([str(python), "-m", "pytest", *arguments], cwd=ROOT, env=env).returncode
+        return call([str(python), "-m", "pytest", *arguments], env)
+
+
+def call(command: list[str], env: dict[str, str] | None = None) -> int:
+    """Run a command to its end; if we are stopped, let it clean up (it sees a Ctrl-C too, but no kill of ours)."""
+    process = subprocess.Popen(command, cwd=ROOT, env=env)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=20)
+        raise
+    finally:
+        with stopping(process):
+            pass
 
 
 def command_bench(args: argparse.Namespace, rest: list[str]) -> int:
@@ -664,7 +662,7 @@ def command_bench(args: argparse.Namespace, rest: list[str]) -> int:
 
 def command_python(args: argparse.Namespace, rest: list[str]) -> int:
     host = find_host(args)
-    return subprocess.run([str(host.python), *rest], cwd=ROOT, env=child_env(host)).returncode
+    return call([str(host.python), *rest], child_env(host))
 
 
 def command_env(args: argparse.Namespace, rest: list[str]) -> int:
@@ -681,7 +679,9 @@ def parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         command.add_argument("--comfyui", metavar="PATH", help="use this installation instead (or set COMFYUI_PATH)")
         if name != "test":
-            command.add_argument("--version", choices=SOURCES, default=MAIN, help="ComfyUI version (default %(default)s)")
+            command.add_argument(
+                "--version", choices=SOURCES, default=MAIN, help="ComfyUI version (default %(default)s)"
+            )
         return command
 
     run = add("run", "run a workflow headless and print the pictures it makes")
@@ -702,7 +702,7 @@ def main(arguments: list[str] | None = None) -> int:
     args, rest = parser().parse_known_args(arguments)
     if rest and args.command not in ("test", "bench", "python"):
         parser().error(f"unknown arguments: {' '.join(rest)}")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends ComfyUI too, as Ctrl-C does
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that ComfyUI is ended too
     try:
         return globals()[f"command_{args.command}"](args, rest)
     except Problem as problem:

@@ -38,7 +38,9 @@ def report() -> list[str]:
         lines.append(f"ComfyUI {version}: good.")
     for package, use in OPTIONAL.items():
         if importlib.util.find_spec(package) is None:
-            lines.append(f"Optional: {package} is not installed. It adds {use}: {sys.executable} -m pip install {package}")
+            lines.append(
+                f"Optional: {package} is not installed. It adds {use}: {sys.executable} -m pip install {package}"
+            )
     return lines
 
 
