@@ -9,8 +9,8 @@ u the negative, w the guidance weight. Unclamped, the result is D_T + (w - 1) (d
 a = D_A - D_T: the guidance push made orthogonal to the anchor-target axis. gamma* is the same for x0, eps, v and score
 because it is invariant to any affine map that the three predictions share.
 
-The official code takes one gamma for the whole batch; here it is per sample, so a batch of two equals two batches of one.
-It also clamps gamma to [0.01, 0.99], which the paper's formula does not: kept as the default, and an option.
+The official code takes one gamma for the whole batch; here it is per sample, so a batch of two equals two batches of
+one. It also clamps gamma to [0.01, 0.99], which the paper's formula does not: kept as the default, and an option.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CLAMP = (0.01, 0.99)
 
 
 def optimal_gamma(target: Tensor, anchor: Tensor, uncond: Tensor, weight: float, clamp: bool = True) -> Tensor:
-    """gamma* of Eq. 13 per sample, ``[B]``; 0 where anchor and target agree.
+    """gamma* of Eq. 13 per sample, ``[B]``; 0 where anchor and target agree, and at weight 0, where D~ is D_u anyway.
 
     Args:
         target, anchor, uncond: predictions ``[B, ...]`` in any one parametrisation.
@@ -39,7 +39,8 @@ def optimal_gamma(target: Tensor, anchor: Tensor, uncond: Tensor, weight: float,
     """
     a = anchor - target
     length = dot(a, a)
-    gamma = (1 - weight) / weight * dot(target - uncond, a) / length.clamp_min(torch.finfo(a.dtype).tiny)
+    strength = (1 - weight) / weight if weight else 0.0
+    gamma = strength * dot(target - uncond, a) / length.clamp_min(torch.finfo(a.dtype).tiny)
     if clamp:
         gamma = gamma.clamp(*CLAMP)
     return torch.where(weight**2 * length > EPS, gamma, torch.zeros_like(gamma))
@@ -62,9 +63,9 @@ class AAPB(Guidance):
         if not setup.guided:
             raise GuidanceError(
                 f"{self.title}: it blends inside classifier-free guidance and this run has none (cfg is {setup.cfg:g}"
-                f"{'' if setup.has_negative else ', and there is no negative'}). Set cfg above 1 in the sampler. Models "
-                "with distilled guidance (Flux-dev, few-step models) run at cfg 1: use 'Rare Concept Schedule (R2F)' in "
-                "blend mode or 'Prompt Blend (fixed)' there."
+                f"{'' if setup.has_negative else ', and there is no negative'}). Set cfg above 1 in the sampler. "
+                "Models with distilled guidance (Flux-dev, few-step models) run at cfg 1: use 'Rare Concept Schedule "
+                "(R2F)' in blend mode or 'Prompt Blend (fixed)' there."
             )
         require_distinct(self.title, "anchor", self.anchor, setup)
 

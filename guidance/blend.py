@@ -52,7 +52,7 @@ class FixedBlend(Guidance):
         super().__post_init__()
         if not 0.0 <= self.gamma <= 1.0:
             raise GuidanceError(
-                f"{self.title}: gamma is {self.gamma:g}; it must lie in [0, 1], 0 for the target alone, 1 for the anchor."
+                f"{self.title}: gamma is {self.gamma:g}; it must lie in [0, 1], 0 for the target, 1 for the anchor."
             )
 
     def prompts(self) -> Sequence[Branch]:

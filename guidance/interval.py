@@ -34,7 +34,8 @@ class LimitedInterval(Guidance):
         super().__post_init__()
         if not 0.0 <= self.sigma_low < self.sigma_high:
             raise GuidanceError(
-                f"{self.title}: sigma_low {self.sigma_low:g} must be at least 0 and below sigma_high {self.sigma_high:g}."
+                f"{self.title}: sigma_low {self.sigma_low:g} must be at least 0 and below sigma_high "
+                f"{self.sigma_high:g}."
             )
         if not 0.0 <= self.first <= self.last <= 1.0:
             raise GuidanceError(
@@ -44,7 +45,8 @@ class LimitedInterval(Guidance):
     def check(self, setup: Setup) -> None:
         if setup.cfg == 1.0 and not setup.guided:
             raise GuidanceError(
-                f"{self.title}: cfg is 1, so there is no guidance to limit. Raise cfg in the sampler or remove the node."
+                f"{self.title}: cfg is 1, so there is no guidance to limit. Raise cfg in the sampler, or "
+                "remove the node."
             )
 
     def scale(self, step: Step, weight: float) -> float:

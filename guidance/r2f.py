@@ -29,6 +29,11 @@ def stop_fraction(level: int, mode: str = "alternate", family: str = "SD3") -> f
     return STOP_BLEND[level] if mode == "blend" else STOP_OF_50[family][level] / 50
 
 
+def stop_step(stop: float, steps: int) -> int:
+    """``stop`` of ``steps`` steps, rounded; a short run of a low level keeps its first step, or R2F would be silent."""
+    return max(int(stop * steps + 0.5), 1) if stop > 0 else 0
+
+
 def uses_frequent(index: int, stop: int) -> bool:
     """Whether step ``index`` of an alternating run belongs to the frequent prompt; ceil(stop / 2) steps do."""
     return index < stop and index % 2 == 0
@@ -64,7 +69,7 @@ class R2F(Guidance):
         require_distinct(self.title, "frequent", self.frequent, setup)
 
     def sources(self, step: Step) -> Mapping[str, Branch]:
-        stop = round(self.stop * step.steps)
+        stop = stop_step(self.stop, step.steps)
         if self.mode == "alternate":
             frequent = uses_frequent(step.index, stop)
             step.log(frequent=float(frequent))
