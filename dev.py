@@ -167,6 +167,7 @@ def environment(lock_file: Path = LOCK, gigabytes: float = DISK_GB) -> Path:
         with scratch() as work:
             if not ready(home):
                 check_disk(work, gigabytes)
+                print(f"preparing the environment in {home}: once, about {gigabytes:g} GB", flush=True)
                 build_environment(home, lock, work)
     return venv_python(home)
 
@@ -177,7 +178,6 @@ def ready(home: Path) -> bool:
 
 def build_environment(home: Path, lock: str, work: Path) -> None:
     """A fresh environment at its final place (environments cannot be moved), marked ready as the last act."""
-    print(f"preparing the environment in {home}: once, a few minutes and some gigabytes", flush=True)
     if home.exists():
         shutil.rmtree(home)
     made = subprocess.run([sys.executable, "-m", "venv", str(home)], capture_output=True, text=True)
@@ -212,8 +212,8 @@ def pip(python: Path, arguments: list[str], work: Path, total: int = 1) -> None:
             word = (line.split() or [""])[0]
             count += word in ("Collecting", "Processing")
             if word in ("Collecting", "Processing", "Downloading", "Installing"):
-                doing = f"installing {count} packages" if word == "Installing" else line.split(" (from ")[0].strip()
-                progress(f"[{count} of {total}] {clock(started)} {doing[:80]}")
+                doing = re.sub(r" \(from .*|\S*/", "", line.strip()) if word != "Installing" else "Installing them all"
+                progress(f"[{count}/{total}] {clock(started)} {doing}")
         code = process.wait()
     end_progress()
     if code:
@@ -560,20 +560,17 @@ def command_run(args: argparse.Namespace, rest: list[str]) -> int:
         raise Problem(f"{workflow_file} is not JSON: {error}") from None
     host, out = find_host(args), Path(args.out).resolve()
     converter = environment(CONVERTER_LOCK, 0.5) if host.foreign else host.python
-    number, name = tempfile.mkstemp(prefix="rudder-comfyui-", suffix=".log")
-    os.close(number)
-    log = Path(name)
-    try:
-        with tempfile.TemporaryDirectory(prefix="rudder-") as base:
-            print(f"starting ComfyUI {host.version}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="rudder-") as base:
+        print(f"starting ComfyUI {host.version}", flush=True)
+        log = Path(base) / "comfyui.log"
+        try:
             with server(host, Path(base), out, log=log) as comfy:
                 prompt = convert(converter, workflow, fetch(comfy.address, "/object_info"))
                 if args.seed is not None and not set_seeds(prompt, args.seed):
                     raise Problem(f"--seed: no node of {workflow_file.name} has a seed widget")
                 files = run_prompt(comfy.address, prompt)
-    except Problem as problem:
-        raise Problem(f"{problem}\nComfyUI's log: {log}") from None
-    log.unlink()
+        except Problem as problem:
+            raise Problem(f"{problem}\nComfyUI's log: {shutil.copy(log, out)}") from None
     for file in files:
         print(out / file["subfolder"] / file["filename"])
     return 0

@@ -172,7 +172,7 @@ def test_a_failed_download_says_what_to_do(dev, tmp_path, capsys):
     python = fake_python(tmp_path, "echo 'Collecting torch==1 (from -r x)'; echo 'ERROR: the network is down'; exit 1")
     with pytest.raises(dev.Problem) as problem:
         dev.pip(python, ["install", "torch"], tmp_path, 7)
-    assert "[1 of 7] 0:00 Collecting torch==1\n" in capsys.readouterr().out
+    assert "[1/7] 0:00 Collecting torch==1\n" in capsys.readouterr().out
     for words in ("the network is down", f"{python} -m pip install", "run the same dev.py command again"):
         assert words in str(problem.value)
 
