@@ -126,8 +126,10 @@ def scratch() -> Iterator[Path]:
         work = cache / "work"
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
-        yield work
-        shutil.rmtree(work, ignore_errors=True)
+        try:
+            yield work
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def check_python() -> None:
@@ -186,7 +188,8 @@ def build_environment(home: Path, lock: str, work: Path) -> None:
     requirements = work / "requirements.txt"
     requirements.write_text(lock, encoding="utf-8")
     names = set(re.findall(r"^([A-Za-z0-9][\w.-]*)==", lock, re.MULTILINE))
-    pip(venv_python(home), ["install", "--no-deps", "--require-hashes", "-r", str(requirements)], work, len(names))
+    options = ["--no-deps", "--no-compile", "--require-hashes"]  # the lock is complete; Python compiles what it imports
+    pip(venv_python(home), ["install", *options, "-r", str(requirements)], work, len(names))
     flush_disk()
     (home / ".ready").write_text("ok\n", encoding="utf-8")
 
@@ -309,10 +312,10 @@ def numbers(version: str) -> tuple[int, ...]:
 
 def find_host(args: argparse.Namespace) -> Host:
     path = args.comfyui or os.environ.get("COMFYUI_PATH")
-    if path:
+    if path and Path(path).resolve().parent != cache_dir():
         return user_host(Path(path))
-    python = environment()
-    return Host(comfyui(args.version, python), python, args.version)
+    python, version = environment(), tree_version(Path(path)) if path else args.version  # a path we set ourselves
+    return Host(comfyui(version, python), python, version)
 
 
 # ---------------------------------------------------------------------------------------------------- server
@@ -429,7 +432,7 @@ def fetch(address: str, path: str, body: Any = None) -> Any:
     except urllib.error.HTTPError as error:
         if error.code == 400:
             return json.load(error)
-        raise
+        raise Problem(f"ComfyUI answered {error.code} to {path}") from None
 
 
 # ---------------------------------------------------------------------------------------------------- one workflow
@@ -455,14 +458,17 @@ def convert(python: Path, workflow: dict[str, Any], object_info: dict[str, Any])
 
 
 def set_seeds(prompt: dict[str, Any], seed: int) -> int:
-    """Set every seed widget of an API prompt; seeds that come over a link are left alone. Returns how many."""
-    count = 0
-    for node in prompt.values():
-        for name in {"seed", "noise_seed"} & set(node["inputs"]):
-            if isinstance(node["inputs"][name], int):
-                node["inputs"][name] = seed
-                count += 1
-    return count
+    """Set every seed of an API prompt, also where a number node feeds it over a link. Returns how many were set."""
+    done = set()
+    places = [(number, name) for number in prompt for name in ("seed", "noise_seed")]
+    for number, name in places:  # grows while a link is followed
+        value = prompt[number]["inputs"].get(name)
+        if isinstance(value, list):
+            places += [(str(value[0]), key) for key in ("value", "seed", "noise_seed")]
+        elif isinstance(value, int):
+            prompt[number]["inputs"][name] = seed
+            done.add((number, name))
+    return len(done)
 
 
 def refusal(answer: dict[str, Any]) -> str:
@@ -569,7 +575,7 @@ def command_run(args: argparse.Namespace, rest: list[str]) -> int:
                 if args.seed is not None and not set_seeds(prompt, args.seed):
                     raise Problem(f"--seed: no node of {workflow_file.name} has a seed widget")
                 files = run_prompt(comfy.address, prompt)
-        except Problem as problem:
+        except (Problem, OSError) as problem:
             raise Problem(f"{problem}\nComfyUI's log: {shutil.copy(log, out)}") from None
     for file in files:
         print(out / file["subfolder"] / file["filename"])

@@ -268,17 +268,23 @@ def test_only_the_link_is_written_into_an_installation(dev, tmp_path, monkeypatc
 # ------------------------------------------------------------------------------------------------- prompts
 
 
-def test_seeds_are_set_where_they_are_numbers(dev):
+def test_seeds_are_set_wherever_they_come_from(dev):
     prompt = {
         "1": {"class_type": "KSampler", "inputs": {"seed": 1, "steps": 20}},
         "2": {"class_type": "RandomNoise", "inputs": {"noise_seed": 2}},
-        "3": {"class_type": "KSampler", "inputs": {"seed": ["4", 0]}},
+        "3": {"class_type": "KSampler", "inputs": {"seed": ["5", 0]}},
+        "4": {"class_type": "KSampler", "inputs": {"seed": ["5", 0]}},
+        "5": {"class_type": "PrimitiveInt", "inputs": {"value": 3}},
+        "6": {"class_type": "PrimitiveInt", "inputs": {"value": 4}},
     }
-    assert dev.set_seeds(prompt, 42) == 2
+    assert dev.set_seeds(prompt, 42) == 3
     assert [node["inputs"] for node in prompt.values()] == [
         {"seed": 42, "steps": 20},
         {"noise_seed": 42},
-        {"seed": ["4", 0]},
+        {"seed": ["5", 0]},
+        {"seed": ["5", 0]},
+        {"value": 42},
+        {"value": 4},
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,19 @@ def test_run_time_dependencies_are_loose_and_the_same_everywhere(project):
 
 def test_the_license_is_the_hosts():
     assert "GNU GENERAL PUBLIC LICENSE\n                       Version 3" in (ROOT / "LICENSE").read_text()
+
+
+def test_the_registry_gets_what_users_need_and_no_more(project, tmp_path, monkeypatch):
+    packer = pytest.importorskip("comfy_cli.file_utils")
+    monkeypatch.chdir(ROOT)
+    packer.zip_files(str(tmp_path / "node.zip"), includes=project["tool"]["comfy"]["includes"])
+    with zipfile.ZipFile(tmp_path / "node.zip") as archive:
+        names = set(archive.namelist())
+    tops = {name.split("/")[0] for name in names}
+    assert {"__init__.py", "nodes", "guidance", "host", "web", "workflows", "pyproject.toml", "LICENSE"} <= tops
+    assert not {"tests", "bench", "dev.py", "locks", ".ci", "out"} & tops
+    assert any(name.startswith("demo/models/") and name.endswith(".safetensors") for name in names)
+    assert all(name.startswith("demo/models/") or name.endswith(".md") for name in names if name.startswith("demo/"))
 
 
 @pytest.mark.parametrize(
