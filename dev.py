@@ -135,9 +135,9 @@ def scratch() -> Iterator[Path]:
 def check_python() -> None:
     low, high = PYTHONS
     if not low <= sys.version_info[:2] <= high:
-        found = [name for minor in range(13, 9, -1) for name in [f"python3.{minor}"] if shutil.which(name)]
+        found = [name for name in map("python3.{}".format, range(13, 9, -1)) if shutil.which(name)]
         hint = f"use {found[0]} dev.py ..." if found else "install one of them and run dev.py with it"
-        raise Problem(f"dev.py needs Python 3.10 to 3.13, this is {sys.version.split()[0]}: {hint}")
+        raise Problem(f"Python 3.10 to 3.13 is needed, this is {sys.version.split()[0]}: {hint}")
     missing = [name for name in ("venv", "ensurepip") if importlib.util.find_spec(name) is None]
     if missing:
         raise Problem(
@@ -211,10 +211,11 @@ def pip(python: Path, arguments: list[str], work: Path, total: int = 1) -> None:
     started, count = time.monotonic(), 0
     with stopping(process):
         for line in process.stdout:
-            tail.append(line.rstrip())
             word = (line.split() or [""])[0]
+            if word != "Ignoring":  # a package for another system
+                tail.append(line.rstrip())
             count += word in ("Collecting", "Processing")
-            if word in ("Collecting", "Processing", "Downloading", "Installing"):
+            if word in ("Collecting", "Processing", "Downloading", "Installing", "WARNING:"):
                 doing = re.sub(r" \(from .*|\S*/", "", line.strip()) if word != "Installing" else "Installing them all"
                 progress(f"[{count}/{total}] {clock(started)} {doing}")
         code = process.wait()

@@ -23,8 +23,9 @@ posix = pytest.mark.skipif(os.name == "nt", reason="uses a shell script and sign
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
+def cache(dev, tmp_path, monkeypatch):
     monkeypatch.setenv("RUDDER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(dev, "flush_disk", lambda: None)  # a busy disk would make us wait
     return tmp_path / "cache"
 
 
