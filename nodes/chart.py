@@ -107,19 +107,20 @@ class _Chart:
             x = place(step, ticks[0])[0]
             self.draw.line((x, bottom, x, bottom + 0.25 * em), fill=PALE, width=round(self.pen))
             self.text(x, bottom + 0.4 * em, f"step {step}" if step == 0 else str(step), fill=PALE, anchor="ma")
-        drawn = [(COLOURS[i % len(COLOURS)], line) for i, line in enumerate(lines) if line]
-        for i, (colour, line) in enumerate(drawn):  # earlier lines are wider, so that one under another still shows
-            self.line([(x, place(x, y)) for x, y in line], colour, 2 + 1.4 * min(len(drawn) - 1 - i, 4))
+        self.lines([[(x, place(x, y)) for x, y in line] for line in lines], max(1, last // 24))
 
-    def line(self, points: list[tuple[int, tuple[float, float]]], colour: str, pens: float) -> None:
-        """One run: dots, joined where steps follow each other."""
-        thick = pens * self.pen
-        for (x, a), (next_x, b) in zip(points, points[1:]):
-            if next_x - x <= 1:
-                self.draw.line((*a, *b), fill=colour, width=round(thick))
-        radius = thick / 2 + (self.pen if len(points) <= 50 else 0)  # dots join the segments, and mark steps where few
-        for _, (x, y) in points:
-            self.draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+    def lines(self, lines: list[list[tuple[int, tuple[float, float]]]], stride: int) -> None:
+        """Dots, joined where steps follow each other. Where lines coincide, they take turns to be on top."""
+        strokes = []
+        for i, points in enumerate(lines):
+            colour, dot = COLOURS[i % len(COLOURS)], self.pen * (3.5 if len(points) == 1 else 2.2 if len(points) <= 50 else 1.2)
+            for k, (x, (u, v)) in enumerate(points):
+                turn = (i + x // stride) % len(lines)
+                strokes.append((turn, colour, self.draw.ellipse, (u - dot, v - dot, u + dot, v + dot)))
+                if k + 1 < len(points) and points[k + 1][0] - x <= 1:
+                    strokes.append((turn, colour, self.draw.line, (u, v, *points[k + 1][1])))
+        for _, colour, stroke, where in sorted(strokes, key=lambda entry: entry[0]):
+            stroke(where, colour, width=round(2.4 * self.pen) if stroke == self.draw.line else 0)
 
 
 def _ticks(low: float, high: float, count: int) -> list[float]:
