@@ -113,7 +113,8 @@ class _Chart:
         """Dots, joined where steps follow each other. Where lines coincide, they take turns to be on top."""
         strokes = []
         for i, points in enumerate(lines):
-            colour, dot = COLOURS[i % len(COLOURS)], self.pen * (3.5 if len(points) == 1 else 2.2 if len(points) <= 50 else 1.2)
+            colour = COLOURS[i % len(COLOURS)]
+            dot = self.pen * (3.5 if len(points) == 1 else 2.2 if len(points) <= 50 else 1.2)
             for k, (x, (u, v)) in enumerate(points):
                 turn = (i + x // stride) % len(lines)
                 strokes.append((turn, colour, self.draw.ellipse, (u - dot, v - dot, u + dot, v + dot)))
