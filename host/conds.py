@@ -18,7 +18,7 @@ from ..guidance.contract import Branch, GuidanceError, Mix, Prompt
 
 Conds = list[dict]
 TENSORS = {"cross_attn": "text features", "pooled_output": "pooled features"}
-PARTIAL = {"area", "mask", "start_percent", "end_percent", "clip_start_percent", "default"}
+PARTIAL = {"strength", "area", "mask", "start_percent", "end_percent", "clip_start_percent", "default"}
 
 
 def converted(prompt: Prompt) -> Conds:
@@ -101,15 +101,14 @@ def convert_branches(branches: Iterable[Branch], positive: Conds) -> dict[Branch
     return out
 
 
-def likeness(positive: Conds, negative: Conds | None) -> Callable[[Prompt], str | None]:
-    """See ``Setup.likeness``."""
+def likeness(own: dict[str, Conds]) -> Callable[[Prompt], str | None]:
+    """See ``Setup.likeness``; ``own`` are the guider's conds as the user wired them."""
 
     def of(prompt: Prompt) -> str | None:
         conds = converted(prompt)
-        if same_prompt(conds, positive):
-            return "positive"
-        if negative is not None and same_prompt(conds, negative):
-            return "negative"
+        for role, entries in own.items():
+            if same_prompt(conds, entries):
+                return role
         return "empty" if is_empty(conds) else None
 
     return of
@@ -136,6 +135,8 @@ def join(guider: samplers.CFGGuider, conds: dict[str, Conds]) -> None:
     if len(hooks):
         _register(guider, hooks, all_hooks)
     samplers.filter_registered_hooks_on_conds(conds, guider.model_options)
+    if samplers.get_total_hook_groups_in_conds(everyone) > 1:
+        guider.model_patcher.hook_mode = comfy.hooks.EnumHookMode.MaxSpeed  # the host chose before it knew our hooks
     guider.conds = everyone
 
 

@@ -18,13 +18,14 @@ import comfy.samplers as samplers
 import torch
 from torch import Tensor
 
-from ..guidance.contract import Branch, GuidanceError, Plan, Predictions, Setup, Step, overrides
+from ..guidance.contract import Branch, GuidanceError, Plan, Predictions, Prompt, Setup, Step, overrides
 from ..guidance.space import Parametrisation, cosine, norm, residual
 from ..guidance.trace import Trace, plain
 from . import conds
 
 log = logging.getLogger("rudder")
 
+ROLES = ("cond", "uncond")
 KEY = "rudder"  # of the plan in a MODEL's options, and of the wrappers that a run installs
 
 
@@ -41,17 +42,22 @@ def sample(executor: Callable, noise: Tensor, latent_image: Tensor, sampler: Any
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     check_inputs(guider, noise, latent_image, sigmas)
     seed = args[3] if len(args) > 3 else kwargs.get("seed")
-    own = guider.conds
-    run = Run(guider, plan, sigmas, seed)
-    # Appended last, so it runs innermost: wrappers of other packs (cfg overrides, step caches) see it as the guider.
-    options = guider.model_options
-    ext.add_wrapper_with_key(ext.WrappersMP.PREDICT_NOISE, KEY, run.predict_noise, options, is_model_options=True)
-    ext.add_wrapper_with_key(ext.WrappersMP.PREPARE_SAMPLING, KEY, run.reserve_memory, options, is_model_options=True)
+    own_conds, own_patcher = guider.conds, guider.model_patcher
     try:
+        run = Run(guider, plan, sigmas, seed)
+        # Appended last, so they run innermost: wrappers of other packs (cfg overrides, step caches) see them as the guider.
+        for kind, wrapper in (
+            (ext.WrappersMP.PREPARE_SAMPLING, run.reserve_memory),
+            (ext.WrappersMP.SAMPLER_SAMPLE, run.isolate),
+            (ext.WrappersMP.PREDICT_NOISE, run.predict_noise),
+        ):
+            ext.add_wrapper_with_key(kind, KEY, wrapper, guider.model_options, is_model_options=True)
         out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     except BaseException:
-        guider.conds = own  # the host drops conds only after success
+        guider.conds = own_conds  # the host drops conds only after success
         raise
+    finally:
+        guider.model_patcher = own_patcher  # hooks of a branch may have moved this run to a delegate
     run.finish()
     return out
 
@@ -88,6 +94,11 @@ def step_index(sigmas: Tensor, sigma: float) -> int:
     return max(reached - 1, 0)
 
 
+def covered(pred: Tensor, fallback: Tensor) -> Tensor:
+    """``pred``, with ``fallback`` where its areas, masks or ranges leave nothing: the host puts zeros there."""
+    return torch.where((pred != 0).any(dim=1, keepdim=True), pred, fallback)
+
+
 def describe(function: Callable) -> str:
     return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', type(function).__name__)}"
 
@@ -108,11 +119,11 @@ class Run:
         self.evaluations = self.calls = 0
         self.cfg = float(guider.cfg)
 
-        positive, negative = guider.conds["positive"], guider.conds.get("negative")
-        branches = conds.convert_branches((b for method in plan for b in method.prompts()), positive)
-        self.partial = {branch for branch, entries in branches.items() if conds.is_partial(entries)}
+        branches = conds.convert_branches((b for method in plan for b in method.prompts()), guider.conds["positive"])
+        self.partial = {b for b, entries in branches.items() if isinstance(b, Prompt) and conds.is_partial(entries)}
         self.keys: dict[Branch, str] = {branch: f"rudder_{i}" for i, branch in enumerate(branches)}
-        self.check(guider, conds.likeness(positive, negative))
+        self.owners = {entry["uuid"]: self.keys[branch] for branch, entries in branches.items() for entry in entries}
+        self.check(guider, conds.likeness(guider.original_conds))
         conds.join(guider, {self.keys[branch]: entries for branch, entries in branches.items()})
 
     def check(self, guider: samplers.CFGGuider, likeness: Callable) -> None:
@@ -178,6 +189,18 @@ class Run:
         batch = math.ceil(noise_shape[0] * (2 + len(self.keys)) / 2)
         return executor(model, [batch, *noise_shape[1:]], *args, **kwargs)
 
+    def isolate(self, executor: Callable, guider: samplers.CFGGuider, *args, **kwargs):
+        """SAMPLER_SAMPLE wrapper: a branch must not change what the other conds predict, or it acts outside its window.
+
+        The host copies the area of every cond to all others, so that they are compared over the same crop. Our branches
+        take part in that as takers only: their own areas are removed again from the rest.
+        """
+        guider.conds = {
+            name: [entry for entry in entries if self.owners.get(entry["uuid"], name) == name]
+            for name, entries in guider.conds.items()
+        }
+        return executor(guider, *args, **kwargs)
+
     def predict_noise(
         self, executor: Callable, x: Tensor, timestep: Tensor, model_options: dict | None = None, seed: int | None = None
     ) -> Tensor:
@@ -205,21 +228,26 @@ class Run:
         for method in plan:
             sources.update(method.sources(step))
         extra = list(dict.fromkeys(b for method in plan for b in method.branches(step) if b != sources.get("cond")))
+        own = (guider.conds["positive"], guider.conds.get("negative"))
+        roles = [guider.conds[self.keys[sources[r]]] if r in sources else entries for r, entries in zip(ROLES, own)]
         unguided = math.isclose(step.weight, 1.0)
-        skip_uncond = unguided and not options.get("disable_cfg1_optimization", False)
-        uncond = None
-        if not skip_uncond or any(method.needs_uncond for method in plan):
-            uncond = self.branch_conds(guider, sources.get("uncond"), "negative")
-            if uncond is None and not unguided:
-                raise GuidanceError(
-                    f"The guidance weight is {step.weight:g} but the guider has no negative conditioning. Use CFGGuider or "
-                    "KSampler with a negative (an empty prompt will do), or keep the weight at 1."
-                )
-        roles = [self.branch_conds(guider, sources.get("cond"), "positive"), uncond]
-        out, others = self.call_model(guider, step, options, roles, [guider.conds[self.keys[b]] for b in extra])
+        needs_uncond = options.get("disable_cfg1_optimization", False) or any(method.needs_uncond for method in plan)
+        if unguided and not needs_uncond:
+            roles[1] = None
+        elif not unguided and roles[1] is None:
+            raise GuidanceError(
+                f"The guidance weight is {step.weight:g} but the guider has no negative conditioning. Use CFGGuider or "
+                "KSampler with a negative (an empty prompt will do), or keep the weight at 1."
+            )
+        gaps = [i for i, r in enumerate(ROLES) if sources.get(r) in self.partial and roles[i] and own[i]]
+        more = [*(guider.conds[self.keys[b]] for b in extra), *(own[i] for i in gaps)]
+        out, others = self.call_model(guider, step, options, roles, more)
+        for i, fallback in zip(gaps, others[len(extra):]):
+            out[i] = covered(out[i], fallback)
+        evaluations = len(more) + sum(entries is not None for entries in roles)
+        step.log(evaluations=evaluations)
+        self.evaluations += evaluations
         self.calls += 1
-        step.log(evaluations=len(extra) + sum(entry is not None for entry in roles))
-        self.evaluations += len(extra) + sum(entry is not None for entry in roles)
 
         for function in options.get("sampler_pre_cfg_function", []):
             out = function(
@@ -227,13 +255,10 @@ class Run:
                  "sigma": step.sigma, "model": guider.inner_model, "model_options": options}
             )
         cond = out[0]
-        predictions = {b: self.covered(b, pred, cond) for b, pred in zip(extra, others, strict=True)}
+        predictions = {b: covered(pred, cond) if b in self.partial else pred for b, pred in zip(extra, others)}
         if "cond" in sources:
             predictions[sources["cond"]] = cond
-        return Predictions(cond, out[1] if uncond is not None else None, predictions), roles
-
-    def branch_conds(self, guider: samplers.CFGGuider, branch: Branch | None, role: str) -> list[dict] | None:
-        return guider.conds.get(role) if branch is None else guider.conds[self.keys[branch]]
+        return Predictions(cond, out[1] if roles[1] is not None else None, predictions), roles
 
     def call_model(
         self, guider: samplers.CFGGuider, step: Step, options: dict, roles: list, extra: list
@@ -247,12 +272,6 @@ class Run:
         arguments = {"conds": roles, "input": step.x, "sigma": step.sigma, "model": model, "model_options": options}
         others = samplers.calc_cond_batch(model, extra, step.x, step.sigma, options) if extra else []
         return foreign(arguments), others
-
-    def covered(self, branch: Branch, pred: Tensor, cond: Tensor) -> Tensor:
-        """``pred``, with ``cond`` where the branch's areas, masks or ranges leave nothing: the host puts zeros there."""
-        if branch not in self.partial:
-            return pred
-        return torch.where((pred != 0).any(dim=1, keepdim=True), pred, cond)
 
     def combine(
         self, guider: samplers.CFGGuider, step: Step, plan: Plan, preds: Predictions, roles: list, options: dict

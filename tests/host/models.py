@@ -9,6 +9,7 @@ from __future__ import annotations
 import comfy.latent_formats
 import comfy.model_management
 import comfy.model_patcher
+import comfy.patcher_extension
 import comfy.sample
 import comfy.samplers
 import comfy.supported_models
@@ -16,6 +17,8 @@ import torch
 
 CONTEXT = 32
 POOLED = 16
+
+torch.set_num_threads(1)  # tensors this small only lose time to a thread pool
 
 
 def _patcher(config: comfy.supported_models.supported_models_base.BASE, factory) -> comfy.model_patcher.ModelPatcher:
@@ -78,6 +81,24 @@ def conditioning(seed: int, tokens: int = 7, **options) -> list:
     return [[features, {"pooled_output": torch.randn(1, POOLED, generator=generator), **options}]]
 
 
+def having(prompt: list, **options) -> list:
+    """A CONDITIONING with more settings, as the host's set-area, set-mask, apply-ControlNet ... nodes give it."""
+    return [[features, {**settings, **options}] for features, settings in prompt]
+
+
+def lora(model, seed: int) -> dict[str, torch.Tensor]:
+    """A LoRA file's content for the attention weights of a model."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for key, weight in model.model.state_dict().items():
+        if key.endswith(("attn2.to_k.weight", "attn2.to_v.weight", "attn.qkv.weight")):
+            name = key.removesuffix(".weight")
+            weights[f"{name}.lora_up.weight"] = torch.randn(weight.shape[0], 4, generator=generator) * 0.3
+            weights[f"{name}.lora_down.weight"] = torch.randn(4, weight.shape[1], generator=generator) * 0.3
+    assert weights
+    return weights
+
+
 def latent(kind: str, batch: int = 1, size: int = 8) -> torch.Tensor:
     return torch.zeros(batch, CHANNELS[kind], size, size)
 
@@ -92,3 +113,58 @@ def sample(
     return comfy.sample.sample(
         model, noise, steps, cfg, sampler, "normal", positive, negative, image, disable_pbar=True, seed=seed, **options
     )
+
+
+def evaluate(
+    model, kind: str, positive, negative, third=None, *, sigma: float = 0.7, cfg: float = 4.0, batch: int = 1, seed: int = 7
+) -> dict:
+    """One model call at ``sigma`` in an otherwise ordinary run: what the host then tells post-CFG functions.
+
+    ``["denoised"]`` is the guided x0, ``["cond_denoised"]`` and ``["uncond_denoised"]`` what it was made of, ``["third"]``
+    the prediction of a third conditioning, which the host prepares and evaluates on its own.
+    """
+    seen = {}
+
+    def remember(args: dict) -> torch.Tensor:
+        seen.update(args)
+        return args["denoised"]
+
+    def call_once(inner, x, sigmas, extra_args, callback, disable):
+        x0 = inner(x, sigmas[0].repeat(len(x)), **extra_args)
+        if third is not None:
+            options = {**extra_args["model_options"], "sampler_post_cfg_function": []}
+            conds = [guider.conds["third"]]
+            seen["third"] = comfy.samplers.calc_cond_batch(guider.inner_model, conds, x, seen["sigma"], options)[0]
+        return x0
+
+    model = model.clone()
+    model.set_model_sampler_post_cfg_function(remember)
+    guider = comfy.samplers.CFGGuider(model)
+    guider.inner_set_conds({"positive": positive, "negative": negative, **({"third": third} if third is not None else {})})
+    guider.set_cfg(cfg)
+    image = latent(kind, batch)
+    noise = comfy.sample.prepare_noise(image, seed)
+    guider.sample(noise, image, comfy.samplers.KSAMPLER(call_once), torch.tensor([sigma, 0.0]), disable_pbar=True, seed=seed)
+    return seen
+
+
+def calls(model) -> tuple[comfy.model_patcher.ModelPatcher, dict[str, list]]:
+    """A clone of ``model`` that writes down every call of the host's cond batching and of the network.
+
+    ``batching`` gets the number of conds of each call, ``network`` the number of rows of each forward.
+    """
+    seen = {"batching": [], "network": []}
+    types = comfy.patcher_extension.WrappersMP
+
+    def batching(executor, inner, conds, *args):
+        seen["batching"].append(sum(cond is not None for cond in conds))
+        return executor(inner, conds, *args)
+
+    def network(executor, x, *args, **kwargs):
+        seen["network"].append(len(x))
+        return executor(x, *args, **kwargs)
+
+    model = model.clone()
+    model.add_wrapper_with_key(types.CALC_COND_BATCH, "calls", batching)
+    model.add_wrapper_with_key(types.APPLY_MODEL, "calls", network)
+    return model, seen

@@ -1,0 +1,250 @@
+"""Every branch is an ordinary conditioning: areas, masks, ranges, ControlNets, LoRA and hooks act on it as the host has it.
+
+The oracle takes the predictions from ordinary runs without Rudder, one step each, and combines them with the pure
+functions. The anchor's is read from a run in which it is a third conditioning of the guider, so it gets what the host
+gives to every conditioning (the areas of the others, a ControlNet that applies to all); the other two are read from a
+run that knows nothing of the anchor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import comfy.controlnet
+import comfy.hooks
+import comfy.patcher_extension
+import comfy.sd
+import pytest
+import torch
+from rudder.guidance.aapb import AAPB, optimal_gamma
+from rudder.guidance.blend import FixedBlend, blend
+from rudder.guidance.cfg import cfg
+from rudder.guidance.contract import Prompt
+from rudder.guidance.r2f import R2F
+from rudder.host import add_guidance
+
+from .models import MODELS, calls, conditioning, evaluate, having, lora, sample
+
+WEIGHT = 4.0
+POSITIVE, NEGATIVE, ANCHOR = conditioning(1), conditioning(2), conditioning(3)
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(kind):
+    return MODELS[kind]()
+
+
+def expected(model, kind, prompts: Callable[[], list], **options) -> torch.Tensor:
+    """AAPB's x0 from runs without Rudder."""
+    pair = evaluate(model, kind, *prompts()[:2], cfg=WEIGHT, **options)
+    target, uncond = pair["cond_denoised"], pair["uncond_denoised"]
+    anchor = evaluate(model, kind, *prompts(), cfg=WEIGHT, **options)["third"]
+    anchor = torch.where((anchor != 0).any(1, keepdim=True), anchor, target)
+    return cfg(blend(target, anchor, optimal_gamma(target, anchor, uncond, WEIGHT)), uncond, WEIGHT)
+
+
+def actual(model, kind, positive, negative, anchor, **options) -> torch.Tensor:
+    patched = add_guidance(model, AAPB(anchor=Prompt(anchor, "anchor")))
+    return evaluate(patched, kind, positive, negative, cfg=WEIGHT, **options)["denoised"]
+
+
+LEFT = {"area": (8, 4, 0, 0)}
+RIGHT = {"area": (8, 4, 0, 4)}
+MASK = torch.zeros(1, 8, 8)
+MASK[:, :4] = 1.0
+TOP = {"mask": MASK, "mask_strength": 1.0}
+REGIONS = {
+    "area on anchor": ({}, {}, LEFT),
+    "area on positive": (LEFT, {}, {}),
+    "area on negative": ({}, LEFT, {}),
+    "areas on positive and anchor": (LEFT, {}, RIGHT),
+    "same area on positive and anchor": (LEFT, {}, LEFT),
+    "mask on anchor": ({}, {}, TOP),
+    "mask on positive": (TOP, {}, {}),
+    "mask on negative": ({}, TOP, {}),
+    "mask on all": (TOP, TOP, TOP),
+    "area and mask on anchor": ({}, {}, {**LEFT, **TOP}),
+    "weak anchor": ({}, {}, {"strength": 0.3}),
+    "anchor of strength 0": ({}, {}, {"strength": 0.0}),
+}
+
+
+@pytest.mark.parametrize("region", REGIONS)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_areas_and_masks(model, kind, region, batch):
+    prompts = [having(p, **options) for p, options in zip((POSITIVE, NEGATIVE, ANCHOR), REGIONS[region])]
+    ours, oracle = actual(model, kind, *prompts, batch=batch), expected(model, kind, lambda: prompts, batch=batch)
+    torch.testing.assert_close(ours, oracle, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("prompts", ["area", "mask", "strength", "range"])
+def test_an_anchor_that_covers_nothing_leaves_plain_guidance(model, kind, prompts):
+    options = {"area": LEFT, "mask": TOP, "strength": {"strength": 0.0}, "range": {"start_percent": 0.9}}[prompts]
+    ours = actual(model, kind, POSITIVE, NEGATIVE, having(ANCHOR, **options))
+    plain = evaluate(model, kind, POSITIVE, NEGATIVE, cfg=WEIGHT)["denoised"]
+    outside = {"area": (..., slice(4, 8)), "mask": (..., slice(4, 8), slice(None))}.get(prompts, ...)
+    torch.testing.assert_close(ours[outside], plain[outside], rtol=1e-5, atol=1e-5)
+    if outside is not ...:
+        assert (ours - plain).abs().max() > 1e-3, "inside, the anchor acts"
+
+
+EARLY, LATE = {"end_percent": 0.5}, {"start_percent": 0.5}
+SIGMAS = {"unet": {"early": 8.0, "late": 0.5}, "flux": {"early": 0.9, "late": 0.2}}
+
+
+@pytest.mark.parametrize("moment", ["early", "late"])
+@pytest.mark.parametrize("role", [0, 1, 2], ids=["positive", "negative", "anchor"])
+def test_timestep_ranges(model, kind, role, moment):
+    prompts = [POSITIVE, NEGATIVE, ANCHOR]
+    prompts[role] = having(prompts[role], **EARLY) + having(conditioning(9), **LATE) if role < 2 else having(ANCHOR, **EARLY)
+    sigma = SIGMAS[kind][moment]
+    ours = actual(model, kind, *prompts, sigma=sigma)
+    torch.testing.assert_close(ours, expected(model, kind, lambda: prompts, sigma=sigma), rtol=1e-4, atol=1e-4)
+    if role == 2:
+        plain = evaluate(model, kind, POSITIVE, NEGATIVE, cfg=WEIGHT, sigma=sigma)["denoised"]
+        assert (moment == "late") == torch.allclose(ours, plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [LEFT, TOP, {"strength": 0.0}, {"start_percent": 0.9}], ids=str)
+@pytest.mark.parametrize("method", ["alternate", "blend"])
+def test_a_frequent_prompt_plays_the_positive_only_where_it_covers(model, kind, options, method):
+    frequent = having(ANCHOR, **options)
+    patched = add_guidance(model, R2F(frequent=Prompt(frequent, "frequent"), stop=1.0, mode=method))
+    cond = evaluate(patched, kind, POSITIVE, NEGATIVE, cfg=WEIGHT)["cond_denoised"]
+    run = evaluate(model, kind, POSITIVE, NEGATIVE, frequent, cfg=WEIGHT)
+    if method == "blend":  # the embeddings are mixed, the coverage stays the positive's
+        (a, settings), (b, other) = POSITIVE[0], ANCHOR[0]
+        pooled = torch.lerp(settings["pooled_output"], other["pooled_output"], 0.3)
+        oracle = evaluate(model, kind, [[torch.lerp(a, b, 0.3), {"pooled_output": pooled}]], NEGATIVE)["cond_denoised"]
+    else:
+        positive = evaluate(model, kind, POSITIVE, NEGATIVE, cfg=WEIGHT)["cond_denoised"]
+        oracle = torch.where((run["third"] != 0).any(1, keepdim=True), run["third"], positive)
+    torch.testing.assert_close(cond, oracle, rtol=1e-4, atol=1e-4)
+
+
+class Control(comfy.controlnet.ControlBase):
+    """A ControlNet in small: a fixed residual for the tiny models' blocks, the stronger the noisier."""
+
+    def __init__(self, kind: str, seed: int):
+        super().__init__()
+        self.residual = torch.randn(64, generator=torch.Generator().manual_seed(seed))
+        self.kind = kind
+        self.cleaned = 0
+
+    def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
+        residual = self.residual * x_noisy.std()
+        if self.kind == "unet":
+            return {"input": [], "middle": [residual.reshape(1, 64, 1, 1)], "output": []}
+        return {"input": [residual.reshape(1, 1, 64)], "output": []}
+
+    def cleanup(self):
+        super().cleanup()
+        self.cleaned += 1
+
+
+WHO = {"anchor": "--1", "positive": "1--", "negative": "-1-", "all": "111", "all but the anchor": "11-", "each its own": "123"}
+
+
+@pytest.mark.parametrize("who", WHO)
+def test_controlnet_on_any_branch(model, kind, who):
+    controls = {n: Control(kind, int(n)) for n in "123"}
+    prompts = [
+        having(p, control=controls[n]) if n != "-" else p for p, n in zip((POSITIVE, NEGATIVE, ANCHOR), WHO[who])
+    ]
+    counted, seen = calls(model)
+    ours = actual(counted, kind, *prompts)
+    torch.testing.assert_close(ours, expected(model, kind, lambda: prompts), rtol=1e-4, atol=1e-4)
+    without = actual(model, kind, POSITIVE, NEGATIVE, ANCHOR)
+    assert (ours - without).abs().max() > 1e-3, "the ControlNet acts"
+    assert seen["batching"] == [3]
+    assert len(seen["network"]) == len(set(WHO[who])), "one batch for each ControlNet, and for none"
+
+
+def test_a_controlnet_that_applies_to_uncond_applies_to_the_anchor(model, kind):
+    positive = having(POSITIVE, control=Control(kind, 1), control_apply_to_uncond=True)
+    counted, seen = calls(model)
+    ours = actual(counted, kind, positive, NEGATIVE, ANCHOR)
+    torch.testing.assert_close(ours, expected(model, kind, lambda: [positive, NEGATIVE, ANCHOR]), rtol=1e-4, atol=1e-4)
+    assert seen["network"] == [3]
+
+
+def test_the_controlnet_of_an_anchor_is_cleaned_up(model, kind):
+    control = Control(kind, 1)
+    actual(model, kind, POSITIVE, NEGATIVE, having(ANCHOR, control=control))
+    assert control.cleaned == 1
+
+
+def test_lora_on_the_model(model, kind):
+    patched, _ = comfy.sd.load_lora_for_models(model, None, lora(model, 1), 1.0, 0.0)
+    ours = actual(patched, kind, POSITIVE, NEGATIVE, ANCHOR)
+    torch.testing.assert_close(ours, expected(patched, kind, lambda: [POSITIVE, NEGATIVE, ANCHOR]), rtol=1e-4, atol=1e-4)
+    assert (ours - actual(model, kind, POSITIVE, NEGATIVE, ANCHOR)).abs().max() > 1e-3, "the LoRA acts"
+
+
+def hooked(model, who: str, scheduled: bool) -> list[list]:
+    """Positive, negative and anchor with the hooks that ``who`` names. Made anew for each run: the host's keyframes keep the
+    last sigma of one run into the next."""
+    schedule = comfy.hooks.HookKeyframeGroup()
+    if scheduled:  # off in the first half of the timesteps, on in the second
+        schedule.add(comfy.hooks.HookKeyframe(0.0, 0.0, 0))
+        schedule.add(comfy.hooks.HookKeyframe(1.0, 0.5, 0))
+    groups = {n: comfy.hooks.create_hook_lora(lora(model, int(n)), 1.0, 0.0) for n in "123"}
+    for group in groups.values():
+        group.set_keyframes_on_hooks(schedule)
+    return [having(p, hooks=groups[n]) if n != "-" else p for p, n in zip((POSITIVE, NEGATIVE, ANCHOR), WHO[who])]
+
+
+@pytest.mark.parametrize("who", WHO)
+@pytest.mark.parametrize("moment", ["early", "late"])
+@pytest.mark.parametrize("scheduled", [False, True], ids=["", "scheduled"])
+def test_lora_hooks_on_any_branch(model, kind, who, moment, scheduled):
+    sigma = SIGMAS[kind][moment]
+    before = {key: weight.clone() for key, weight in model.model.state_dict().items()}
+    counted, seen = calls(model)
+    ours = actual(counted, kind, *hooked(model, who, scheduled), sigma=sigma)
+    oracle = expected(model, kind, lambda: hooked(model, who, scheduled), sigma=sigma)
+    torch.testing.assert_close(ours, oracle, rtol=1e-4, atol=1e-4)
+    without = actual(model, kind, POSITIVE, NEGATIVE, ANCHOR, sigma=sigma)
+    assert torch.allclose(ours, without, rtol=1e-5, atol=1e-5) == (scheduled and moment == "early"), "the hooks act"
+    assert seen["batching"] == [3]
+    assert len(seen["network"]) == len(set(WHO[who])), "one batch for each group of hooks, and for none"
+    assert all(torch.equal(weight, before[key]) for key, weight in model.model.state_dict().items())
+
+
+@pytest.mark.parametrize("scope", list(comfy.hooks.EnumHookScope), ids=str)
+def test_transformer_options_hook_on_the_anchor(model, kind, scope):
+    def louder(executor, *args, **kwargs):
+        return executor(*args, **kwargs) * 1.1
+
+    wrappers = {"wrappers": {comfy.patcher_extension.WrappersMP.APPLY_MODEL: {"louder": [louder]}}}
+    group = comfy.hooks.HookGroup()
+    group.add(comfy.hooks.TransformerOptionsHook(wrappers, scope))
+    anchor = having(ANCHOR, hooks=group)
+    everyone = scope is comfy.hooks.EnumHookScope.AllConditioning
+    positive = evaluate(model, kind, POSITIVE, NEGATIVE, anchor if everyone else None, cfg=WEIGHT)
+    there = evaluate(model, kind, POSITIVE, NEGATIVE, anchor, cfg=WEIGHT)["third"]
+    target, uncond = positive["cond_denoised"], positive["uncond_denoised"]
+    oracle = cfg(blend(target, there, optimal_gamma(target, there, uncond, WEIGHT)), uncond, WEIGHT)
+    ours = actual(model, kind, POSITIVE, NEGATIVE, anchor)
+    torch.testing.assert_close(ours, oracle, rtol=1e-4, atol=1e-4)
+    assert (ours - actual(model, kind, POSITIVE, NEGATIVE, ANCHOR)).abs().max() > 1e-3, "the hook acts"
+
+
+def test_hooked_weights_are_patched_once_a_run_as_the_host_does(model, kind, monkeypatch):
+    patched = []
+    original = type(model).patch_hook_weight_to_device
+    monkeypatch.setattr(
+        type(model), "patch_hook_weight_to_device", lambda self, **k: (patched.append(k["key"]), original(self, **k))
+    )
+    hooks = comfy.hooks.create_hook_lora(lora(model, 1), 1.0, 0.0)
+    anchored = add_guidance(model, AAPB(anchor=Prompt(having(ANCHOR, hooks=hooks), "anchor")))
+    sample(anchored, kind, POSITIVE, NEGATIVE, steps=3)
+    ours = list(patched)
+    patched.clear()
+    sample(model, kind, POSITIVE, having(NEGATIVE, hooks=hooks), steps=3)
+    assert ours == patched and len(set(ours)) == len(ours) > 0
