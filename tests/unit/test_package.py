@@ -82,6 +82,7 @@ def test_the_license_is_the_hosts():
     assert "GNU GENERAL PUBLIC LICENSE\n                       Version 3" in (ROOT / "LICENSE").read_text()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the packer uses an old name of pathspec
 def test_the_registry_gets_what_users_need_and_no_more(project, tmp_path, monkeypatch):
     packer = pytest.importorskip("comfy_cli.file_utils")
     monkeypatch.chdir(ROOT)
