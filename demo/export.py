@@ -1,0 +1,60 @@
+"""Packs a training checkpoint into the one file that the pack ships: fp16 weights, configuration in the metadata.
+
+    COMFYUI_PATH=... python -m demo.export --out /tmp/rudder-train [--file demo/models/shapes-unet.safetensors]
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from . import world
+from .trainlib import MODELS, host, rendered, to_input
+
+
+def preview_factors(vae, mean: list[float], std: list[float]) -> list[list[float]]:
+    """Least squares from normalised latents to RGB in -1..1: the host's quick previews while sampling."""
+    x = to_input(rendered(0, 128)[0])
+    with torch.no_grad():
+        z = vae.encode(x)
+    z = (z - torch.tensor(mean).view(1, -1, 1, 1)) / torch.tensor(std).view(1, -1, 1, 1)
+    rows, rgb = (t.permute(0, 2, 3, 1).flatten(0, 2) for t in (z, torch.nn.functional.avg_pool2d(x, 4)))
+    return [[round(v, 4) for v in row] for row in torch.linalg.lstsq(rows, rgb).solution.tolist()]
+
+
+def pack(out: Path, file: Path) -> None:
+    host()
+    from comfy.ldm.models.autoencoder import AutoencoderKL
+    train, saved = torch.load(out / "train.pt"), torch.load(out / "vae.pt")
+    weights = {k: train["ema"].get(k, v) for k, v in train["net"].items()}
+    tensors = {k: v for k, v in weights.items() if k.startswith("unet.")}
+    tensors |= {"text.clip_l.transformer." + k[5:]: v for k, v in weights.items() if k.startswith("text.")}
+    tensors["text.clip_l.logit_scale"] = torch.tensor(4.6055)
+    tensors |= {"vae." + k: v for k, v in saved["state"].items()}
+    vae = AutoencoderKL(**saved["config"])
+    vae.load_state_dict(saved["state"])
+    config = train["config"]
+    config["latent"]["rgb"] = preview_factors(vae.eval(), saved["mean"], saved["std"])
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=MODELS)
+    facts = {"steps": train["step"], "seed": train["seed"], "minutes": round(train["seconds"] / 60, 1),
+             "commit": git.stdout.strip(), "world": world.VERSION, "psnr": round(saved["psnr"], 2)}
+    metadata = {"rudder": json.dumps(config | {"training": facts}), "format": "pt"}
+    save_file({k: v.to(torch.float16).contiguous() for k, v in tensors.items()}, str(file), metadata=metadata)
+    parameters = sum(v.numel() for v in tensors.values())
+    print(f"{file}: {file.stat().st_size / 1e6:.2f} MB, {parameters / 1e6:.2f} M parameters, {facts}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--file", type=Path, default=MODELS / "shapes-unet.safetensors")
+    arg = parser.parse_args()
+    pack(arg.out, arg.file)
+
+
+if __name__ == "__main__":
+    main()

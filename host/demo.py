@@ -1,0 +1,178 @@
+"""The demo models as host objects: MODEL, CLIP and VAE built from ComfyUI's own classes.
+
+One safetensors file holds `unet.*`, `text.*` and `vae.*` in fp16; its metadata holds their configuration as JSON.
+Everything runs in fp32: the models are tiny, and a CPU has nothing faster that is as exact.
+"""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import comfy.clip_model
+import comfy.latent_formats
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.sd1_clip
+import comfy.supported_models
+import comfy.supported_models_base
+import torch
+from safetensors import safe_open
+
+MODELS = Path(__file__).resolve().parent.parent / "demo" / "models"
+DEFAULT = MODELS / "shapes-unet.safetensors"
+WAY_OUT = "It is bundled with the pack: reinstall the pack, or run `git checkout -- demo/models` in its folder."
+
+
+# ---------------------------------------------------------------- classes that differ from SD1.5 only in size
+
+class Latents(comfy.latent_formats.LatentFormat):
+    """4 channels, 4 px a cell, normalised to zero mean and unit deviation per channel."""
+    spacial_downscale_ratio = 4  # lets core's EmptyLatentImage speak pixels where the host supports it
+
+    def __init__(self, mean: list[float], std: list[float], rgb: list[list[float]] | None = None):
+        self.mean, self.std = (torch.tensor(v).view(1, -1, 1, 1) for v in (mean, std))
+        self.latent_channels, self.latent_rgb_factors = len(mean), rgb
+
+    def process_in(self, latent):
+        return (latent - self.mean.to(latent)) / self.std.to(latent)
+
+    def process_out(self, latent):
+        return latent * self.std.to(latent) + self.mean.to(latent)
+
+
+class Tokenizer(comfy.sd1_clip.SDTokenizer):
+    """CLIP's tokenizer over the small vocabulary of the world."""
+
+    def __init__(self, embedding_directory, tokenizer_data):
+        folder = MODELS / "tokenizer"
+        if not (folder / "vocab.json").is_file():
+            raise FileNotFoundError(f"The demo tokenizer is missing: {folder}. {WAY_OUT}")
+        super().__init__(str(folder), embedding_directory=embedding_directory, tokenizer_data=tokenizer_data,
+                         embedding_size=tokenizer_data["width"])
+
+
+class Tokens(comfy.sd1_clip.SD1Tokenizer):
+    def __init__(self, embedding_directory, tokenizer_data):
+        super().__init__(embedding_directory, tokenizer_data, tokenizer=Tokenizer)
+
+
+class TextModel(comfy.clip_model.CLIPTextModel):
+    """CLIP's text model with as many embeddings as the small vocabulary has words."""
+
+    def __init__(self, config, dtype, device, operations):
+        super().__init__(config, dtype, device, operations)
+        self.text_model.embeddings = comfy.clip_model.CLIPEmbeddings(
+            config["hidden_size"], vocab_size=config["vocab_size"], num_positions=config["max_position_embeddings"],
+            dtype=dtype, device=device, operations=operations)
+
+
+def text_class(config: dict) -> type:
+    """The host's SD1 text encoder class, bound to a configuration of CLIP's kind."""
+    end = config["eos_token_id"]
+
+    class Encoder(comfy.sd1_clip.SDClipModel):
+        def __init__(self, device="cpu", dtype=None, model_options=None):
+            super().__init__(device=device, dtype=dtype, model_options=model_options or {}, model_class=TextModel,
+                             textmodel_json_config=dict(config), return_projected_pooled=False,
+                             special_tokens={"start": config["bos_token_id"], "end": end, "pad": end})
+
+    class TextEncoder(comfy.sd1_clip.SD1ClipModel):
+        def __init__(self, device="cpu", dtype=None, model_options=None):
+            super().__init__(device=device, dtype=dtype, model_options=model_options or {}, clip_model=Encoder)
+
+    return TextEncoder
+
+
+def unet_class(config: dict) -> type:
+    """SD1.5 as the host supports it (epsilon prediction, its noise schedule), with our sizes and latent format."""
+
+    class Demo(comfy.supported_models.SD15):
+        unet_config: dict = {}
+        unet_extra_config: dict = {}
+        memory_usage_factor = 0.5
+
+        def latent_format(self):
+            return Latents(**config["latent"])
+
+    return Demo
+
+
+# ---------------------------------------------------------------- from configuration to host objects
+
+def base_model(config: dict, state: dict | None = None):
+    """The host's BaseModel around a UNetModel, in fp32."""
+    spec = unet_class(config)(config["unet"])
+    spec.set_inference_dtype(torch.float32, None)
+    return spec.get_model(state or {}, "", device=None)
+
+
+def _unet(config: dict, state: dict, disable_dynamic: bool):
+    model = base_model(config, state)
+    kinds = comfy.model_patcher
+    # Looked up late: the host rebinds CoreModelPatcher at start-up when it streams weights.
+    kind = kinds.ModelPatcher if disable_dynamic else getattr(kinds, "CoreModelPatcher", kinds.ModelPatcher)
+    management = comfy.model_management
+    patcher = kind(model, load_device=management.get_torch_device(), offload_device=management.unet_offload_device())
+    assign = getattr(patcher, "is_dynamic", lambda: False)()
+    model.load_model_weights(state, "", **({"assign": True} if assign else {}))
+    return patcher
+
+
+def _clip(config: dict, state: dict, disable_dynamic: bool):
+    target = comfy.supported_models_base.ClipTarget(Tokens, text_class(config["text"]))
+    clip = comfy.sd.CLIP(target, tokenizer_data={"width": config["text"]["hidden_size"]},
+                         model_options={"dtype": torch.float32}, disable_dynamic=disable_dynamic)
+    missing, _ = clip.load_sd(state, full_model=True)
+    if missing:
+        raise ValueError(f"The demo file lacks text encoder weights: {missing[:3]} ...")
+    return clip
+
+
+def _vae(config: dict, state: dict):
+    vae = comfy.sd.VAE(sd=state, config={"params": config["vae"]}, dtype=torch.float32)
+    vae.downscale_ratio = vae.upscale_ratio = Latents.spacial_downscale_ratio
+    vae.latent_channels = config["vae"]["embed_dim"]
+    return vae
+
+
+def read(path: str | Path) -> tuple[dict, dict[str, dict]]:
+    """Configuration, and the weights of 'unet', 'text' and 'vae' in fp32."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"The demo model is missing: {path}. {WAY_OUT}")
+    parts: dict[str, dict] = {"unet": {}, "text": {}, "vae": {}}
+    with safe_open(str(path), framework="pt") as file:
+        metadata = file.metadata() or {}
+        if "rudder" not in metadata:
+            raise ValueError(f"{path} is not a Rudder demo model (its metadata holds no 'rudder' entry). {WAY_OUT}")
+        for key in file.keys():
+            part, _, name = key.partition(".")
+            parts[part][name] = file.get_tensor(key).float()
+    return json.loads(metadata["rudder"]), parts
+
+
+def load_unet(path, disable_dynamic: bool = False):
+    """The MODEL alone; the host calls it again when it needs a private copy of the weights."""
+    config, parts = read(path)
+    patcher = _unet(config, parts["unet"], disable_dynamic)
+    patcher.cached_patcher_init = (load_unet, (str(path),))
+    return patcher
+
+
+def load_text(path, disable_dynamic: bool = False):
+    """The text encoder's patcher alone, for the same reason."""
+    return _load_clip(path, disable_dynamic).patcher
+
+
+def _load_clip(path, disable_dynamic: bool = False):
+    config, parts = read(path)
+    clip = _clip(config, parts["text"], disable_dynamic)
+    clip.patcher.cached_patcher_init = (load_text, (str(path),))
+    return clip
+
+
+def load_demo(path: str | Path = DEFAULT):
+    """(MODEL, CLIP, VAE) of a demo file. FileNotFoundError names the file and the way out."""
+    config, parts = read(path)
+    return load_unet(path), _load_clip(path), _vae(config, parts["vae"])
