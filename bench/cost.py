@@ -1,0 +1,230 @@
+"""What a method costs: the time of a step against one batched evaluation of the same number of conds.
+
+Every sampling step is followed at once by the reference, one call of the host's ``calc_cond_batch`` with as many of the
+run's own conds on the same x, so both see the same machine: their ratio is taken step by step, and its median is not
+moved by whatever else the machine does. What is above 1 is the sampler, ComfyUI's own bookkeeping and ours; the rows of
+plain KSampler show the first two alone.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_patcher
+import comfy.patcher_extension as ext
+import comfy.sample
+import comfy.samplers
+import torch
+from rudder.guidance.aapb import AAPB
+from rudder.guidance.blend import FixedBlend
+from rudder.guidance.cfg import CFG
+from rudder.guidance.contract import Guidance, Prompt
+from rudder.guidance.interval import LimitedInterval
+from rudder.guidance.r2f import R2F
+from rudder.guidance.trace import Recorder, Trace
+from rudder.host import add_guidance
+from rudder.host import demo as demo_host
+
+from . import Table
+
+AIM = 1.03
+WEIGHT = 7.0
+INTERVAL = (0.28, 5.42)
+PROMPTS = {"positive": "a spiky red circle", "negative": "", "anchor": "a spiky red shape"}
+TINY = {
+    "image_size": 8, "in_channels": 4, "out_channels": 4, "model_channels": 32, "channel_mult": [1, 2],
+    "num_res_blocks": [1, 1], "use_spatial_transformer": True, "context_dim": 32, "transformer_depth": [1, 1],
+    "transformer_depth_output": [1, 1, 1, 1], "transformer_depth_middle": 1, "num_heads": 2, "num_head_channels": -1,
+    "legacy": False, "use_linear_in_transformer": False, "adm_in_channels": None,
+}  # fmt: skip
+
+Conds = dict[str, list]
+Pairs = list[tuple[int, float, float]]  # step, seconds of the step, seconds of one batched evaluation of as many conds
+
+
+@dataclass(frozen=True)
+class Row:
+    """The methods on the MODEL in wiring order, and how many evaluations the step at a noise level must take."""
+
+    name: str
+    methods: Callable[[Prompt], tuple[Guidance, ...]]
+    evaluations: Callable[[float], int]
+
+
+ROWS = (
+    Row("KSampler alone (CFG)", lambda a: (), lambda s: 2),
+    Row("Guidance Weight (CFG), a neutral plan", lambda a: (CFG(weight=WEIGHT),), lambda s: 2),
+    Row("Guidance Interval, all inside", lambda a: (LimitedInterval(),), lambda s: 2),
+    Row("Guidance Interval, (0.28, 5.42]", lambda a: (LimitedInterval(sigma_low=INTERVAL[0], sigma_high=INTERVAL[1]),),
+        lambda s: 2 if INTERVAL[0] < s <= INTERVAL[1] else 1),
+    Row("Rare Concept Schedule (R2F), alternate", lambda a: (R2F(frequent=a, stop=0.6),), lambda s: 2),
+    Row("Rare Concept Schedule (R2F), blend", lambda a: (R2F(frequent=a, stop=0.5, mode="blend"),), lambda s: 2),
+    Row("Prompt Blend (fixed)", lambda a: (FixedBlend(anchor=a),), lambda s: 3),
+    Row("Rare Concept Blend (AAPB)", lambda a: (AAPB(anchor=a),), lambda s: 3),
+    Row("KSampler, trace on", lambda a: (Trace(recorder=Recorder()),), lambda s: 2),
+    Row("Rare Concept Blend (AAPB), trace on", lambda a: (AAPB(anchor=a), Trace(recorder=Recorder())), lambda s: 3),
+)  # fmt: skip
+
+
+def demo_model() -> tuple[Any, Conds, str]:
+    """The demo UNet, or its sizes with random weights while it is not trained: the cost does not depend on weights."""
+    if demo_host.DEFAULT.is_file():
+        model, clip, _ = demo_host.load_demo()
+        conds = {role: clip.encode_from_tokens_scheduled(clip.tokenize(text)) for role, text in PROMPTS.items()}
+        return model, conds, f"demo UNet ({demo_host.DEFAULT.name})"
+    from rudder.demo.train import UNET
+
+    return *random_model(UNET), "a UNet of the demo's sizes with random weights (the demo file is missing)"
+
+
+def random_model(unet: dict) -> tuple[Any, Conds]:
+    """A UNet of the given sizes with random weights, and random features of 77 tokens for every prompt."""
+    latent = {"mean": [0.0] * 4, "std": [1.0] * 4}
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode(False):
+        base = demo_host.base_model({"unet": unet, "latent": latent})
+        for parameter in base.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+    management = comfy.model_management
+    model = comfy.model_patcher.ModelPatcher(
+        base.eval(), load_device=management.get_torch_device(), offload_device=management.unet_offload_device()
+    )
+    features = {role: torch.randn(1, 77, unet["context_dim"], generator=generator) for role in PROMPTS}
+    return model, {role: [[tensor, {"pooled_output": tensor[:, 0]}]] for role, tensor in features.items()}
+
+
+def patched(model: Any, row: Row, conds: Conds) -> Any:
+    for method in row.methods(Prompt(conds["anchor"], "anchor")):
+        model = add_guidance(model, method)
+    return model
+
+
+def sample(model: Any, conds: Conds, batch: int, steps: int, size: int, each_step: Callable) -> None:
+    """KSampler with euler; ``each_step(guider, index, x, sigma, options)`` is called with each step's prediction."""
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(conds["positive"], conds["negative"])
+    guider.set_cfg(WEIGHT)
+    sigmas = levels(model, steps)
+    latent = torch.zeros(batch, 4, size, size)
+    options: dict = {}
+
+    def callback(index: int, denoised: torch.Tensor, x: torch.Tensor, total: int) -> None:
+        if not options:
+            options.update(comfy.model_patcher.create_model_options_clone(guider.model_options))
+            options.setdefault("transformer_options", {})["sample_sigmas"] = sigmas.to(x.device)
+        each_step(guider, index, x, sigmas[index].to(x.device).expand(batch), options)
+
+    with torch.inference_mode():
+        noise = comfy.sample.prepare_noise(latent, 1)
+        sampler = comfy.samplers.sampler_object("euler")
+        guider.sample(noise, latent, sampler, sigmas, callback=callback, disable_pbar=True, seed=1)
+
+
+def levels(model: Any, steps: int) -> torch.Tensor:
+    return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", steps)
+
+
+def counted(model: Any, conds: Conds, batch: int, steps: int, size: int) -> list[int]:
+    """Evaluations of every step, by the rows that reach the network."""
+    rows, seen = [0], []
+
+    def count(executor: Callable, x: torch.Tensor, *args, **kwargs):
+        rows[0] += len(x)
+        return executor(x, *args, **kwargs)
+
+    def each_step(guider, index, x, sigma, options) -> None:
+        seen.append(rows[0] // batch)
+        rows[0] = 0
+
+    model = model.clone()
+    model.add_wrapper_with_key(ext.WrappersMP.APPLY_MODEL, "bench", count)
+    sample(model, conds, batch, steps, size, each_step)
+    return seen
+
+
+def timed(model: Any, conds: Conds, batch: int, steps: int, size: int, evaluations: list[int]) -> Pairs:
+    """One run, from its second step on."""
+    out, started = [], [0.0]
+
+    def each_step(guider, index, x, sigma, options) -> None:
+        done = clock()
+        few = list(guider.conds.values())[: evaluations[index]]
+        assert len(few) == evaluations[index], "the run does not hold as many conds as it evaluates"
+        begun = clock()
+        comfy.samplers.calc_cond_batch(guider.inner_model, few, x, sigma, options)
+        reference = clock() - begun
+        if index > 0:  # the first also holds the set-up of the run
+            out.append((index, done - started[0], reference))
+        started[0] = clock()
+
+    sample(model, conds, batch, steps, size, each_step)
+    return out
+
+
+def clock() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def typical(pairs: Pairs, which: int) -> float:
+    """Milliseconds: the mean over the steps of a run of their medians over the repeats."""
+    steps = sorted({pair[0] for pair in pairs})
+    return 1e3 * statistics.fmean(statistics.median(p[which] for p in pairs if p[0] == step) for step in steps)
+
+
+def measure(model: Any, conds: Conds, batch: int, steps: int, repeats: int, size: int) -> list[dict[str, Any]]:
+    """The rows of one batch size. Repeats go round the rows, so that a slow minute hits them all."""
+    plans = [(row, patched(model, row, conds)) for row in ROWS]
+    sigmas = levels(model, steps)[:-1]
+    evaluations = {row: counted(plan, conds, batch, steps, size) for row, plan in plans}  # and warms up
+    pairs: dict[Row, Pairs] = {row: [] for row in ROWS}
+    for _ in range(repeats):
+        for row, plan in plans:
+            pairs[row] += timed(plan, conds, batch, steps, size, evaluations[row])
+    table = []
+    for row in ROWS:
+        expected = [row.evaluations(float(sigma)) for sigma in sigmas]
+        ratios = [step / reference for _, step, reference in pairs[row]]
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        table.append({
+            "method": row.name, "batch": batch, "evaluations": statistics.fmean(evaluations[row]),
+            "predicted": statistics.fmean(expected), "as_predicted": evaluations[row] == expected,
+            "step_ms": typical(pairs[row], 1), "reference_ms": typical(pairs[row], 2),
+            "ratio": middle, "ratio_q1": low, "ratio_q3": high, "pairs": len(ratios),
+        })  # fmt: skip
+    return table
+
+
+def main(quick: bool) -> Table:
+    if quick:
+        model, conds = random_model(TINY)
+        what, size, steps, repeats, batches = "a tiny UNet with random weights", 8, 4, 1, (2, 1)
+    else:
+        model, conds, what = demo_model()
+        size, steps, repeats, batches = 16, 12, 6, (8, 1)
+    rows = [row for batch in batches for row in measure(model, conds, batch, steps, repeats, size)]
+    aapb = next(row for row in rows if row["method"] == "Rare Concept Blend (AAPB)")
+    wrong = ", ".join(row["method"] for row in rows if not row["as_predicted"])
+    return Table(
+        "cost",
+        "Cost of a sampling step",
+        {
+            "method": ("method", ""), "batch": ("batch", "d"), "evaluations": ("evaluations a step", ".2f"),
+            "step_ms": ("step, ms", ".1f"), "reference_ms": ("one batched evaluation, ms", ".1f"),
+            "ratio": ("ratio, median", ".3f"), "ratio_q1": ("quartile 1", ".3f"), "ratio_q3": ("quartile 3", ".3f"),
+            "pairs": ("pairs", "d"),
+        },
+        rows,
+        [
+            f"Model: {what}, {size}x{size} latents, euler, {steps} steps, cfg {WEIGHT:g}, {repeats} repeats.",
+            "Ratio: a step over one batched evaluation of as many conds by ComfyUI itself, right after it.",
+            f"Aim: AAPB at batch {aapb['batch']} at most {AIM}; measured {aapb['ratio']:.3f}: "
+            f"{'met' if aapb['ratio'] <= AIM else 'NOT MET'}.",
+            f"Evaluations, counted in the network: {'NOT as predicted: ' + wrong if wrong else 'as predicted'}.",
+        ],
+    )  # fmt: skip
