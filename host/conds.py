@@ -24,7 +24,7 @@ PARTIAL = {"strength", "area", "mask", "start_percent", "end_percent", "clip_sta
 def converted(prompt: Prompt) -> Conds:
     """A node's CONDITIONING in the form that guiders keep, with fresh uuids (cache packs key on them)."""
     if not prompt.conditioning:
-        raise GuidanceError(f"The {prompt.name} conditioning is an empty list; connect the output of a text encode node.")
+        raise GuidanceError(f"The {prompt.name} conditioning is an empty list; connect a text encode node's output.")
     return helpers.convert_cond(prompt.conditioning)
 
 
@@ -40,7 +40,8 @@ def check_encoder(name: str, conds: Conds, positive: Conds) -> None:
                 )
         if expected and not any(c.get(key) is not None for c in conds):
             raise GuidanceError(
-                f"The {name} conditioning has no {what} but the positive has. Encode both with the same text encode node."
+                f"The {name} conditioning has no {what} but the positive has. Encode both with the same text encode "
+                "node."
             )
 
 
@@ -81,8 +82,8 @@ def mixed(mix: Mix, positive: Conds) -> Conds:
             if a.shape[1:] != b.shape[1:]:
                 raise GuidanceError(
                     f"The {mix.prompt.name} conditioning has {what} of shape {tuple(b.shape)} and the positive "
-                    f"{tuple(a.shape)}, so they cannot be mixed. Make both prompts about the same length (one block of 77 "
-                    "tokens for CLIP), or use the alternate mode."
+                    f"{tuple(a.shape)}, so they cannot be mixed. Make both prompts about the same length (one block of "
+                    "77 tokens for CLIP), or use the alternate mode."
                 )
             entry[key] = torch.lerp(a, b.to(a), mix.amount)
         out.append(entry)

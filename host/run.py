@@ -45,7 +45,7 @@ def sample(executor: Callable, noise: Tensor, latent_image: Tensor, sampler: Any
     own_conds, own_patcher = guider.conds, guider.model_patcher
     try:
         run = Run(guider, plan, sigmas, seed)
-        # Appended last, so they run innermost: wrappers of other packs (cfg overrides, step caches) see them as the guider.
+        # Appended last, so they run innermost: wrappers of others (cfg overrides, step caches) see them as the guider.
         for kind, wrapper in (
             (ext.WrappersMP.PREPARE_SAMPLING, run.reserve_memory),
             (ext.WrappersMP.SAMPLER_SAMPLE, run.isolate),
@@ -66,14 +66,15 @@ def check_inputs(guider: samplers.CFGGuider, noise: Tensor, latent_image: Tensor
     """Refuse what would fail late or silently: other guiders, NaN, no steps."""
     if type(guider).predict_noise is not samplers.CFGGuider.predict_noise:
         raise GuidanceError(
-            f"The guider '{type(guider).__name__}' combines predictions itself, so Rudder's guidance nodes on this MODEL "
-            "could not act. Use CFGGuider (or KSampler), or remove the Rudder nodes from this MODEL."
+            f"The guider '{type(guider).__name__}' combines predictions itself, so Rudder's guidance nodes on this "
+            "MODEL could not act. Use CFGGuider (or KSampler), or remove the Rudder nodes from this MODEL."
         )
     for name, tensor in (("latent_image", latent_image), ("noise", noise)):
         if not bool(torch.isfinite(tensor).all()):
             raise GuidanceError(
-                f"The sampler's {name} holds NaN or infinite values, so every prediction would too. Look at the node that "
-                "made it: a VAE Encode that overflows in half precision (start ComfyUI with --fp32-vae), or a broken file."
+                f"The sampler's {name} holds NaN or infinite values, so every prediction would too. Look at the node "
+                "that made it: a VAE Encode that overflows in half precision (start ComfyUI with --fp32-vae), or a "
+                "broken file."
             )
     if len(sigmas) < 2:
         raise GuidanceError("The sampler got no step: its sigmas hold fewer than two values. Use steps of at least 1.")
@@ -154,8 +155,8 @@ class Run:
                     "formula; only one can. Remove one of the two nodes from this MODEL."
                 )
         log.warning(
-            "Another node's CFG function (%s) replaces the CFG formula on this MODEL; Rudder's methods (%s) hand it their "
-            "predictions and weight.", describe(foreign), self.titles(),
+            "Another node's CFG function (%s) replaces the CFG formula on this MODEL; Rudder's methods (%s) hand it "
+            "their predictions and weight.", describe(foreign), self.titles(),
         )
 
     def titles(self) -> str:
@@ -202,7 +203,12 @@ class Run:
         return executor(guider, *args, **kwargs)
 
     def predict_noise(
-        self, executor: Callable, x: Tensor, timestep: Tensor, model_options: dict | None = None, seed: int | None = None
+        self,
+        executor: Callable,
+        x: Tensor,
+        timestep: Tensor,
+        model_options: dict | None = None,
+        seed: int | None = None,
     ) -> Tensor:
         """PREDICT_NOISE wrapper: the plan in place of ``CFGGuider.predict_noise``. Returns the guided x0."""
         guider, options = executor.class_obj, model_options or {}
@@ -320,8 +326,9 @@ class Run:
 
     def finish(self) -> None:
         """Report the cost, and hand the records to the trace nodes."""
-        mean = self.evaluations / max(self.calls, 1)
-        log.info("Rudder: %s: %d model evaluations in %d calls (%.2f each)", self.titles(), self.evaluations, self.calls, mean)
+        count, calls = self.evaluations, self.calls
+        each = count / max(calls, 1)
+        log.info("Rudder: %s: %d model evaluations in %d calls (%.2f each)", self.titles(), count, calls, each)
         run = {
             "methods": [method.title for method in self.plan if not isinstance(method, Trace)],
             "cfg": self.cfg,

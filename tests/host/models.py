@@ -6,7 +6,11 @@ for them holds for their large siblings.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import fields
+
 import comfy.latent_formats
+import comfy.ldm.flux.model as flux
 import comfy.model_management
 import comfy.model_patcher
 import comfy.patcher_extension
@@ -53,24 +57,36 @@ def tiny_unet(disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher
 
 
 def tiny_flux(disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
-    """Flux in small, without distilled guidance: rectified flow, 16 latent channels, joint attention, pooled vectors."""
+    """Flux in small, undistilled: rectified flow, 16 latent channels, joint attention, pooled vectors."""
 
     class Tiny(comfy.supported_models.FluxSchnell):
         pass
 
     unet = {
         "image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "vec_in_dim": POOLED,
-        "context_in_dim": CONTEXT, "hidden_size": 64, "mlp_ratio": 4.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 1,
-        "axes_dim": [8, 12, 12], "theta": 10000, "qkv_bias": True, "guidance_embed": False, "txt_ids_dims": [],
+        "context_in_dim": CONTEXT, "hidden_size": 64, "mlp_ratio": 4.0, "num_heads": 2, "depth": 1,
+        "depth_single_blocks": 1, "axes_dim": [8, 12, 12], "theta": 10000,
+        "qkv_bias": True, "guidance_embed": False, "txt_ids_dims": [],
     }
-    import comfy.ldm.flux.model as flux
-    from dataclasses import fields
-
     known = {field.name for field in fields(flux.FluxParams)}
     return _patcher(Tiny({key: value for key, value in unet.items() if key in known | {"image_model"}}), tiny_flux)
 
 
-MODELS = {"unet": tiny_unet, "flux": tiny_flux}
+def tiny_wan(disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """Wan 2.1 in small: rectified flow on 5-D video latents of 16 channels."""
+
+    class Tiny(comfy.supported_models.WAN21_T2V):
+        pass
+
+    unet = {
+        "image_model": "wan2.1", "model_type": "t2v", "dim": 32, "ffn_dim": 64, "freq_dim": 32, "in_dim": 16,
+        "out_dim": 16, "text_dim": CONTEXT, "text_len": 512, "num_heads": 2, "num_layers": 1, "patch_size": (1, 2, 2),
+        "window_size": (-1, -1), "qk_norm": True, "cross_attn_norm": True, "eps": 1e-6,
+    }
+    return _patcher(Tiny(unet), tiny_wan)
+
+
+MODELS = {"unet": tiny_unet, "flux": tiny_flux}  # the two that most tests run on
 CHANNELS = {"unet": 4, "flux": 16}
 
 
@@ -104,24 +120,50 @@ def latent(kind: str, batch: int = 1, size: int = 8) -> torch.Tensor:
 
 
 def sample(
-    model, kind: str, positive, negative, *, cfg: float = 4.0, steps: int = 4, batch: int = 1, seed: int = 7, size: int = 8,
-    sampler: str = "euler", image: torch.Tensor | None = None, **options,
+    model, kind: str, positive, negative, *, cfg: float = 4.0, steps: int = 4, batch: int = 1, seed: int = 7,
+    sampler: str = "euler", image: torch.Tensor | None = None, noise: torch.Tensor | None = None, **options,
 ) -> torch.Tensor:
     """What the KSampler node does."""
-    image = latent(kind, batch, size) if image is None else image
-    noise = comfy.sample.prepare_noise(image, seed)
+    image = latent(kind, batch) if image is None else image
+    noise = comfy.sample.prepare_noise(image, seed) if noise is None else noise
     return comfy.sample.sample(
         model, noise, steps, cfg, sampler, "normal", positive, negative, image, disable_pbar=True, seed=seed, **options
     )
 
 
+class ByHand(comfy.samplers.CFGGuider):
+    """Guidance without Rudder, the oracle of whole runs: ``combine(predict, sigma)`` gives the guided x0, and
+    ``predict`` evaluates one conditioning by its name."""
+
+    def predict_noise(self, x, timestep, model_options={}, seed=None):  # noqa: B006 (the host's signature)
+        def predict(name: str) -> torch.Tensor:
+            return comfy.samplers.calc_cond_batch(self.inner_model, [self.conds[name]], x, timestep, model_options)[0]
+
+        return self.combine(predict, float(timestep[0]))
+
+
+def sample_by_hand(
+    model, kind: str, conditionings: dict, combine: Callable, *, steps: int = 4, batch: int = 1, seed: int = 7,
+    sampler: str = "euler", image: torch.Tensor | None = None, denoise: float = 1.0,
+    noise_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What :func:`sample` does, with a :class:`ByHand` guider."""
+    image = latent(kind, batch) if image is None else image
+    guider = ByHand(model)
+    guider.inner_set_conds(conditionings)
+    guider.combine = combine
+    run = comfy.samplers.KSampler(model, steps, model.load_device, sampler, "normal", denoise)
+    noise, solver = comfy.sample.prepare_noise(image, seed), comfy.samplers.sampler_object(sampler)
+    return guider.sample(noise, image, solver, run.sigmas, noise_mask, disable_pbar=True, seed=seed)
+
+
 def evaluate(
-    model, kind: str, positive, negative, third=None, *, sigma: float = 0.7, cfg: float = 4.0, batch: int = 1, seed: int = 7
+    model, kind: str, positive, negative, third=None, *, sigma: float = 0.7, cfg: float = 4.0, batch: int = 1
 ) -> dict:
     """One model call at ``sigma`` in an otherwise ordinary run: what the host then tells post-CFG functions.
 
-    ``["denoised"]`` is the guided x0, ``["cond_denoised"]`` and ``["uncond_denoised"]`` what it was made of, ``["third"]``
-    the prediction of a third conditioning, which the host prepares and evaluates on its own.
+    ``["denoised"]`` is the guided x0, ``["cond_denoised"]`` and ``["uncond_denoised"]`` what it was made of,
+    ``["third"]`` the prediction of a third conditioning, which the host prepares and evaluates on its own.
     """
     seen = {}
 
@@ -140,11 +182,13 @@ def evaluate(
     model = model.clone()
     model.set_model_sampler_post_cfg_function(remember)
     guider = comfy.samplers.CFGGuider(model)
-    guider.inner_set_conds({"positive": positive, "negative": negative, **({"third": third} if third is not None else {})})
+    guider.set_conds(positive, negative)
+    if third is not None:
+        guider.inner_set_conds({"third": third})
     guider.set_cfg(cfg)
     image = latent(kind, batch)
-    noise = comfy.sample.prepare_noise(image, seed)
-    guider.sample(noise, image, comfy.samplers.KSAMPLER(call_once), torch.tensor([sigma, 0.0]), disable_pbar=True, seed=seed)
+    noise, sigmas = comfy.sample.prepare_noise(image, 7), torch.tensor([sigma, 0.0])
+    guider.sample(noise, image, comfy.samplers.KSAMPLER(call_once), sigmas, disable_pbar=True, seed=7)
     return seen
 
 

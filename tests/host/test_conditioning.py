@@ -1,4 +1,4 @@
-"""Every branch is an ordinary conditioning: areas, masks, ranges, ControlNets, LoRA and hooks act on it as the host has it.
+"""Every branch is an ordinary conditioning: areas, masks, ranges, ControlNets, LoRA and hooks act on it as ever.
 
 The oracle takes the predictions from ordinary runs without Rudder, one step each, and combines them with the pure
 functions. The anchor's is read from a run in which it is a third conditioning of the guider, so it gets what the host
@@ -17,7 +17,7 @@ import comfy.sd
 import pytest
 import torch
 from rudder.guidance.aapb import AAPB, optimal_gamma
-from rudder.guidance.blend import FixedBlend, blend
+from rudder.guidance.blend import blend
 from rudder.guidance.cfg import cfg
 from rudder.guidance.contract import Prompt
 from rudder.guidance.r2f import R2F
@@ -101,7 +101,9 @@ SIGMAS = {"unet": {"early": 8.0, "late": 0.5}, "flux": {"early": 0.9, "late": 0.
 @pytest.mark.parametrize("role", [0, 1, 2], ids=["positive", "negative", "anchor"])
 def test_timestep_ranges(model, kind, role, moment):
     prompts = [POSITIVE, NEGATIVE, ANCHOR]
-    prompts[role] = having(prompts[role], **EARLY) + having(conditioning(9), **LATE) if role < 2 else having(ANCHOR, **EARLY)
+    prompts[role] = (
+        having(prompts[role], **EARLY) + having(conditioning(9), **LATE) if role < 2 else having(ANCHOR, **EARLY)
+    )
     sigma = SIGMAS[kind][moment]
     ours = actual(model, kind, *prompts, sigma=sigma)
     torch.testing.assert_close(ours, expected(model, kind, lambda: prompts, sigma=sigma), rtol=1e-4, atol=1e-4)
@@ -147,7 +149,14 @@ class Control(comfy.controlnet.ControlBase):
         self.cleaned += 1
 
 
-WHO = {"anchor": "--1", "positive": "1--", "negative": "-1-", "all": "111", "all but the anchor": "11-", "each its own": "123"}
+WHO = {
+    "anchor": "--1",
+    "positive": "1--",
+    "negative": "-1-",
+    "all": "111",
+    "all but the anchor": "11-",
+    "each its own": "123",
+}
 
 
 @pytest.mark.parametrize("who", WHO)
@@ -182,13 +191,15 @@ def test_the_controlnet_of_an_anchor_is_cleaned_up(model, kind):
 def test_lora_on_the_model(model, kind):
     patched, _ = comfy.sd.load_lora_for_models(model, None, lora(model, 1), 1.0, 0.0)
     ours = actual(patched, kind, POSITIVE, NEGATIVE, ANCHOR)
-    torch.testing.assert_close(ours, expected(patched, kind, lambda: [POSITIVE, NEGATIVE, ANCHOR]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        ours, expected(patched, kind, lambda: [POSITIVE, NEGATIVE, ANCHOR]), rtol=1e-4, atol=1e-4
+    )
     assert (ours - actual(model, kind, POSITIVE, NEGATIVE, ANCHOR)).abs().max() > 1e-3, "the LoRA acts"
 
 
 def hooked(model, who: str, scheduled: bool) -> list[list]:
-    """Positive, negative and anchor with the hooks that ``who`` names. Made anew for each run: the host's keyframes keep the
-    last sigma of one run into the next."""
+    """Positive, negative and anchor with the hooks that ``who`` names. Made anew for each run: the host's keyframes
+    keep the last sigma of one run into the next."""
     schedule = comfy.hooks.HookKeyframeGroup()
     if scheduled:  # off in the first half of the timesteps, on in the second
         schedule.add(comfy.hooks.HookKeyframe(0.0, 0.0, 0))

@@ -50,7 +50,9 @@ def test_removing_a_node_is_bit_identical_and_clones_keep_their_own_plans(model,
     child = add_guidance(model, aapb)
     grandchild, sibling = add_guidance(child, CFG(weight=2.0)), add_guidance(model, CFG(weight=2.0))
     foreign = child.clone()
-    plans = [[method.title for method in plan_of(m.model_options)] for m in (model, child, grandchild, sibling, foreign)]
+    plans = [
+        [method.title for method in plan_of(m.model_options)] for m in (model, child, grandchild, sibling, foreign)
+    ]
     assert plans == [[], [AAPB.title], [AAPB.title, CFG.title], [CFG.title], [AAPB.title]]
     assert plan_of(foreign.model_options)[0] is aapb
     guided = [sample(m, kind, POSITIVE, NEGATIVE) for m in (child, grandchild, sibling, foreign)]
@@ -86,13 +88,29 @@ def structure(value):
 def everything(guider: comfy.samplers.CFGGuider, conditionings: list) -> dict:
     """What a run could leave a mark on."""
     model = guider.model_patcher
-    state = {name: structure(getattr(model, name)) for name in (
-        "model_options", "wrappers", "callbacks", "patches", "object_patches", "object_patches_backup", "attachments",
-        "injections", "additional_models", "hook_patches", "hook_patches_backup", "hook_mode", "current_hooks",
-    )}
+    state = {
+        name: structure(getattr(model, name))
+        for name in (
+            "model_options",
+            "wrappers",
+            "callbacks",
+            "patches",
+            "object_patches",
+            "object_patches_backup",
+            "attachments",
+            "injections",
+            "additional_models",
+            "hook_patches",
+            "hook_patches_backup",
+            "hook_mode",
+            "current_hooks",
+        )
+    }
     state["weights"] = structure(dict(model.model.state_dict()))
     state["model"] = sorted(set(vars(model.model)) - {"current_patcher"})
-    state["guider"] = {name: structure(v) for name, v in vars(guider).items() if name in ("cfg", "original_conds", "model_options")}
+    state["guider"] = {
+        name: structure(v) for name, v in vars(guider).items() if name in ("cfg", "original_conds", "model_options")
+    }
     state["patcher"] = id(guider.model_patcher)
     state["conditionings"] = structure(conditionings)
     return state
@@ -144,7 +162,7 @@ def test_a_run_leaves_nothing_behind(model, kind, outcome, hooks):
 
 
 class Dynamic(comfy.model_patcher.ModelPatcher):
-    """Stands in for the host's patcher with dynamic weights, which cannot take hooks and hands such a run to a delegate."""
+    """Stands in for the host's patcher of dynamic weights, which cannot take hooks and has a delegate run instead."""
 
     def is_dynamic(self) -> bool:
         return True
