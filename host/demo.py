@@ -28,7 +28,7 @@ WAY_OUT = "It is bundled with the pack: reinstall the pack, or run `git checkout
 
 class Latents(comfy.latent_formats.LatentFormat):
     """4 channels, 4 px a cell, normalised to zero mean and unit deviation per channel."""
-    spacial_downscale_ratio = 4  # lets core's EmptyLatentImage speak pixels where the host supports it
+    spacial_downscale_ratio = 4  # core's EmptyLatentImage asks: 64x64 pixels are 16x16 cells
 
     def __init__(self, mean: list[float], std: list[float], rgb: list[list[float]] | None = None):
         self.mean, self.std = (torch.tensor(v).view(1, -1, 1, 1) for v in (mean, std))
