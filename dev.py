@@ -56,7 +56,7 @@ SOURCES = {
 PYTHONS = ((3, 10), (3, 13))
 TEMP = ("TMPDIR", "TEMP", "TMP")
 DISK_GB = 10  # the packages, the environment they become (5 GB stay), and pip's cache of them
-START_SECONDS = 300
+START_SECONDS = 600
 QUIET = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
 NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -90,6 +91,13 @@ class Client:
             pass
         history = history[answer["prompt_id"]]
         return Run(messages, history, self.pictures(history))
+
+    def forget(self) -> None:
+        """Empty ComfyUI's caches. It does so after the next prompt at the latest, so one is run."""
+        assert self.post("/free", {"unload_models": True, "free_memory": True}) == 200
+        image = {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 0}}
+        show = {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}}
+        assert asyncio.run(self.run({"1": image, "2": show})).end == "execution_success"
 
     def pictures(self, history: dict[str, Any]) -> list[np.ndarray]:
         """The pixels of every saved picture, in the order of node ids."""

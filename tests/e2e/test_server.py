@@ -147,7 +147,7 @@ def test_the_workflow_makes_pictures_and_reports_progress(first):
 
 
 def test_a_second_run_is_the_same_bit_for_bit(comfy, first, rare_concept):
-    assert comfy.post("/free", {"unload_models": True, "free_memory": True}) == 200
+    comfy.forget()
     again = with_inputs(comfy.convert(rare_concept), "SaveImage", filename_prefix="again")
     second = asyncio.run(comfy.run(again))
     assert second.end == "execution_success"
@@ -171,7 +171,7 @@ def test_after_a_cancelled_run_the_server_is_healthy(comfy, dev, first, rare_con
     assert cancelled.end == "execution_interrupted"
     assert len(cancelled.of("progress")) < len(first.of("progress"))
     assert not cancelled.pictures
-    assert comfy.post("/free", {"unload_models": True, "free_memory": True}) == 200
+    comfy.forget()
     healthy = asyncio.run(comfy.run(with_inputs(comfy.convert(rare_concept), "SaveImage", filename_prefix="healthy")))
     assert healthy.end == "execution_success"
     assert all(np.array_equal(one, other) for one, other in zip(first.pictures, healthy.pictures))
