@@ -1,4 +1,4 @@
-"""Reports whether this ComfyUI can run Rudder and what its optional packages would add. Installs and changes nothing."""
+"""Reports whether this ComfyUI can run Rudder and what optional packages would add. Installs and changes nothing."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Mix:
-    """The positive conditioning with its embeddings moved towards ``prompt``: (1 - amount) * positive + amount * prompt."""
+    """The positive with its embeddings moved towards ``prompt``: (1 - amount) * positive + amount * prompt."""
 
     prompt: Prompt
     amount: float

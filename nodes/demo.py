@@ -14,8 +14,9 @@ class RudderLoadDemo(io.ComfyNode):
             node_id="RudderLoadDemo",
             display_name="Load Demo Model (shapes)",
             category="model/loaders/rudder",
-            description="A small text-to-image model that comes with Rudder: 64x64 pictures of coloured, textured shapes, sampled in "
-            "seconds on a CPU. Use it with the ordinary nodes (CLIP Text Encode, KSampler, VAE Decode, 64x64 empty latent).",
+            description="A small text-to-image model that comes with Rudder: 64x64 pictures of coloured, textured "
+            "shapes, sampled in seconds on a CPU. Use it with the ordinary nodes (CLIP Text Encode, KSampler, VAE "
+            "Decode, 64x64 empty latent).",
             search_aliases=["shapes", "demo checkpoint", "toy model", "tiny model"],
             inputs=[
                 io.Combo.Input(

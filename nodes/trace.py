@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 
 import folder_paths
@@ -23,8 +24,8 @@ def reading_inputs() -> list:
         TraceType.Input("trace", tooltip="From Guidance Trace."),
         io.AnyType.Input(
             "after",
-            tooltip="The output of the sampler that was traced (LATENT or the decoded IMAGE), so that this node runs after it. "
-            "With several samplers on one trace, something that depends on all of them.",
+            tooltip="The output of the sampler that was traced (LATENT or the decoded IMAGE), so that this node runs "
+            "after it. With several samplers on one trace, something that depends on all of them.",
         ),
     ]
 
@@ -35,13 +36,22 @@ def recorded(trace: Recorder, prompt: dict | None) -> dict[str, dict]:
     Raises:
         ValueError: nothing was recorded.
     """
-    runs = {node: run for node, run in trace.runs.items() if not prompt or not node or node in prompt}
+    runs = {node: run for node, run in trace.runs.items() if not prompt or not node or node.split(".")[0] in prompt}
     if not runs:
         raise ValueError(
-            "The trace holds no run. Wire the MODEL output of Guidance Trace to the sampler (through other Rudder nodes if you "
-            "like) and its result to 'after'. If the sampler was served from the cache, change its seed."
+            "The trace holds no run. Wire the MODEL output of Guidance Trace to the sampler (through other Rudder "
+            "nodes if you like) and its result to 'after'. If the sampler was served from the cache, change its seed."
         )
     return labelled(runs.values())
+
+
+def strict(value):
+    """``value`` as strict JSON can hold it: NaN and infinity, which a broken model predicts, become null."""
+    if isinstance(value, dict):
+        return {key: strict(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [strict(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class RudderTrace(io.ComfyNode):
@@ -51,12 +61,14 @@ class RudderTrace(io.ComfyNode):
             node_id="RudderTrace",
             display_name="Guidance Trace",
             category=CATEGORY,
-            description="Records what guidance does at every step of every sampler behind it: weight, gamma, the angle between "
-            "the conditional and the unconditional prediction, norms, evaluations. Changes nothing in the picture.",
+            description="Records what guidance does at every step of every sampler behind it: weight, gamma, the "
+            "angle between the conditional and the unconditional prediction, norms, evaluations. Changes nothing in "
+            "the picture.",
             search_aliases=["record guidance", "debug guidance", "cfg trace", "gamma plot"],
             not_idempotent=True,  # two identical trace nodes must not share one recorder
             inputs=[model_input()],
-            outputs=[model_output(), TraceType.Output(display_name="TRACE", tooltip="For Guidance Trace Plot and Save.")],
+            outputs=[model_output(), TraceType.Output(display_name="TRACE", tooltip="For Guidance Trace Plot and "
+            "Save.")],
         )
 
     @classmethod
@@ -80,11 +92,13 @@ class RudderTracePlot(io.ComfyNode):
                     "quantity",
                     options=["overview", *QUANTITIES],
                     default="overview",
-                    tooltip="What to draw: the overview shows what the methods recorded, in up to four panels. Means over the batch. "
+                    tooltip="What to draw: the overview shows what the methods recorded, in up to four panels. Means "
+                    "over the batch. "
                     + " ".join(f"{name}: {what}." for name, what in QUANTITIES.items()),
                 ),
                 io.Int.Input("width", default=768, min=256, max=4096, step=16, tooltip="Width of the image in pixels."),
-                io.Int.Input("height", default=512, min=192, max=4096, step=16, tooltip="Height of the image in pixels."),
+                io.Int.Input("height", default=512, min=192, max=4096, step=16, tooltip="Height of the image in "
+                "pixels."),
             ],
             outputs=[io.Image.Output(display_name="IMAGE")],
             hidden=[io.Hidden.prompt],
@@ -104,7 +118,8 @@ class RudderSaveTrace(io.ComfyNode):
             node_id="RudderSaveTrace",
             display_name="Save Guidance Trace",
             category=CATEGORY,
-            description="Writes the recorded runs as a JSON file into the output folder: per step and per picture of the batch.",
+            description="Writes the recorded runs as a JSON file into the output folder: per step and per picture of "
+            "the batch.",
             search_aliases=["export guidance", "trace json"],
             is_output_node=True,
             inputs=[
@@ -117,7 +132,7 @@ class RudderSaveTrace(io.ComfyNode):
 
     @classmethod
     def execute(cls, trace, after, filename_prefix) -> io.NodeOutput:
-        text = json.dumps(recorded(trace, cls.hidden.prompt), indent=1)
+        text = json.dumps(strict(recorded(trace, cls.hidden.prompt)), indent=1, allow_nan=False)
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
             filename_prefix, folder_paths.get_output_directory()
         )
