@@ -9,8 +9,7 @@ from pathlib import Path
 
 FLOOR = (0, 18, 2)
 OPTIONAL = {
-    "matplotlib": "finer trace plots (without it a plain picture is drawn)",
-    "insightface": "nodes that find and describe faces",
+    "insightface": "face detection for identity nodes (this release has none yet)",
 }
 
 
