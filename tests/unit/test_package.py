@@ -52,7 +52,7 @@ def test_pyproject_has_what_the_registry_wants(project):
     assert project["project"]["name"] == "comfyui-rudder"
     assert project["project"]["requires-python"] == ">=3.10"
     assert set(project["project"]["urls"]) == {"Repository", "Documentation", "Bug Tracker"}
-    assert {"face", "plot", "dev"} <= set(project["project"]["optional-dependencies"])
+    assert {"face", "dev"} <= set(project["project"]["optional-dependencies"])
     comfy = project["tool"]["comfy"]
     assert comfy["PublisherId"] == "rudder" and comfy["DisplayName"] == "Rudder"
     assert comfy["requires-comfyui"] == ">=0.18.2"
