@@ -61,6 +61,12 @@ def by_alternation():
     return combine
 
 
+def check(run: torch.Tensor, oracle: torch.Tensor, without: torch.Tensor) -> None:
+    """The run is the oracle's, up to an error that is small against what the method does at all."""
+    error, effect = (run - oracle).abs().max(), (run - without).abs().max()
+    assert error < 0.03 * effect, (error, effect)
+
+
 METHODS = {
     "AAPB": (AAPB(anchor=ANCHORED), lambda: by_aapb),
     "FixedBlend": (FixedBlend(anchor=ANCHORED, gamma=0.4), lambda: by_blend),
@@ -74,16 +80,15 @@ METHODS = {
 def test_a_run_equals_guidance_by_hand(model, kind, method):
     ours, oracle = METHODS[method]
     run = sample(add_guidance(model, ours), kind, POSITIVE, NEGATIVE, cfg=WEIGHT)
-    torch.testing.assert_close(run, sample_by_hand(model, kind, CONDITIONINGS, oracle()), rtol=1e-4, atol=1e-4)
-    assert (run - sample(model, kind, POSITIVE, NEGATIVE, cfg=WEIGHT)).abs().max() > 1e-3, "the method acts"
+    without = sample(model, kind, POSITIVE, NEGATIVE, cfg=WEIGHT)
+    check(run, sample_by_hand(model, kind, CONDITIONINGS, oracle()), without)
 
 
 @pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m", "euler_ancestral"])
 def test_solvers(model, kind, sampler):
-    run = sample(add_guidance(model, AAPB(anchor=ANCHORED)), kind, POSITIVE, NEGATIVE, cfg=WEIGHT, sampler=sampler)
-    torch.testing.assert_close(
-        run, sample_by_hand(model, kind, CONDITIONINGS, by_aapb, sampler=sampler), rtol=1e-3, atol=1e-3
-    )
+    guided = add_guidance(model, AAPB(anchor=ANCHORED))
+    run, without = (sample(m, kind, POSITIVE, NEGATIVE, cfg=WEIGHT, sampler=sampler) for m in (guided, model))
+    check(run, sample_by_hand(model, kind, CONDITIONINGS, by_aapb, sampler=sampler), without)
 
 
 @pytest.mark.parametrize("denoise", [1.0, 0.5])
@@ -93,14 +98,12 @@ def test_image_to_image_and_inpainting(model, kind, denoise, masked):
     mask = torch.zeros(2, 1, 8, 8)
     mask[..., :4] = 1.0
     options = {"image": image, "denoise": denoise, "noise_mask": mask if masked else None}
-    run = sample(add_guidance(model, AAPB(anchor=ANCHORED)), kind, POSITIVE, NEGATIVE, cfg=WEIGHT, **options)
-    torch.testing.assert_close(
-        run, sample_by_hand(model, kind, CONDITIONINGS, by_aapb, **options), rtol=1e-3, atol=1e-3
-    )
+    guided, neutral = add_guidance(model, AAPB(anchor=ANCHORED)), add_guidance(model, Guidance())
+    run, without, idle = (sample(m, kind, POSITIVE, NEGATIVE, **options) for m in (guided, model, neutral))
+    check(run, sample_by_hand(model, kind, CONDITIONINGS, by_aapb, **options), without)
+    assert torch.equal(idle, without)
     if masked:
         torch.testing.assert_close(run[..., 4:], image[..., 4:])
-    neutral = sample(add_guidance(model, Guidance()), kind, POSITIVE, NEGATIVE, **options)
-    assert torch.equal(neutral, sample(model, kind, POSITIVE, NEGATIVE, **options))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,18 +133,10 @@ def v_prediction():
 def test_parametrisations(make, expected):
     model, kind, watch = make(), "unet" if expected is not Parametrisation.FLOW else "flux", Watch()
     image = latent(kind) if make is not tiny_wan else torch.zeros(2, 16, 2, 8, 8)
-    run = sample(
-        add_guidance(add_guidance(model, AAPB(anchor=ANCHORED)), watch),
-        kind,
-        POSITIVE,
-        NEGATIVE,
-        cfg=WEIGHT,
-        image=image,
-    )
+    guided = add_guidance(add_guidance(model, AAPB(anchor=ANCHORED)), watch)
+    run, without = (sample(m, kind, POSITIVE, NEGATIVE, image=image) for m in (guided, model))
+    check(run, sample_by_hand(model, kind, CONDITIONINGS, by_aapb, image=image), without)
     assert {step.parametrisation for step in watch.steps} == {expected}
-    torch.testing.assert_close(
-        run, sample_by_hand(model, kind, CONDITIONINGS, by_aapb, image=image), rtol=1e-3, atol=1e-3
-    )
     assert run.shape == image.shape and run.isfinite().all()
 
 
