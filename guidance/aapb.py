@@ -62,9 +62,10 @@ class AAPB(Guidance):
     def check(self, setup: Setup) -> None:
         if not setup.guided:
             raise GuidanceError(
-                f"{self.title}: it blends inside classifier-free guidance and this run has none (cfg is {setup.cfg:g}"
-                f"{'' if setup.has_negative else ', and there is no negative'}). Set cfg above 1 in the sampler. "
-                "Models with distilled guidance (Flux-dev, few-step models) run at cfg 1: use 'Rare Concept Schedule "
+                f"{self.title}: it blends inside classifier-free guidance and this run has none ("
+                f"{'the weight is 1 at every step' if setup.has_negative else 'there is no negative'}; the sampler's "
+                f"cfg is {setup.cfg:g}). Set cfg above 1 in the sampler, and let no other node lower it to 1. Models "
+                "with distilled guidance (Flux-dev, few-step models) run at cfg 1: use 'Rare Concept Schedule "
                 "(R2F)' in blend mode or 'Prompt Blend (fixed)' there."
             )
         require_distinct(self.title, "anchor", self.anchor, setup)

@@ -6,6 +6,7 @@ timestep ranges and hooks of an anchor are handled by the host's own code.
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Callable, Iterable
 
@@ -118,6 +119,11 @@ def likeness(own: dict[str, Conds]) -> Callable[[Prompt], str | None]:
 def is_partial(conds: Conds) -> bool:
     """Whether some of the picture or of the run may be covered by no entry."""
     return not any(PARTIAL.isdisjoint(c) for c in conds)
+
+
+def acts(conds: Conds, sigma: float) -> bool:
+    """Whether the host evaluates any of these processed conds at this noise level."""
+    return any(c.get("timestep_end", 0.0) <= sigma <= c.get("timestep_start", math.inf) for c in conds)
 
 
 def join(guider: samplers.CFGGuider, conds: dict[str, Conds]) -> None:

@@ -250,7 +250,7 @@ class Run:
         out, others = self.call_model(guider, step, options, roles, more)
         for i, fallback in zip(gaps, others[len(extra):]):
             out[i] = covered(out[i], fallback)
-        evaluations = len(more) + sum(entries is not None for entries in roles)
+        evaluations = sum(conds.acts(entries, step.level) for entries in [*roles, *more] if entries)
         step.log(evaluations=evaluations)
         self.evaluations += evaluations
         self.calls += 1

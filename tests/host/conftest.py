@@ -17,7 +17,7 @@ from comfy.cli_args import args  # noqa: E402
 
 args.cpu = True
 args.disable_api_nodes = True
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the models are tiny: threads that wait for one another cost more than they give
 
 
 @pytest.fixture(autouse=True)
