@@ -19,6 +19,7 @@ import comfy.patcher_extension as ext
 import comfy.sample
 import comfy.samplers
 import torch
+
 from rudder.guidance.aapb import AAPB
 from rudder.guidance.blend import FixedBlend
 from rudder.guidance.cfg import CFG

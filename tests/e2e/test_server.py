@@ -151,7 +151,9 @@ def test_a_second_run_is_the_same_bit_for_bit(comfy, first, rare_concept):
     again = with_inputs(comfy.convert(rare_concept), "SaveImage", filename_prefix="again")
     second = asyncio.run(comfy.run(again))
     assert second.end == "execution_success"
-    assert len(second.of("progress")) == len(first.of("progress")), "the second run came from the cache"
+    samplers = {data["node"] for data in first.of("progress")}  # each message may be throttled, not all of a node's
+    assert {data["node"] for data in second.of("progress")} == samplers, "the second run came from the cache"
+    assert len(samplers) == 4
     assert len(second.pictures) == len(first.pictures)
     for one, other in zip(first.pictures, second.pictures):
         assert np.array_equal(one, other)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+
+from nodes import ConditioningZeroOut
 from rudder.guidance.aapb import AAPB
 from rudder.guidance.blend import FixedBlend
 from rudder.guidance.cfg import CFG
@@ -11,8 +13,6 @@ from rudder.guidance.contract import GuidanceError, Prompt
 from rudder.guidance.interval import LimitedInterval
 from rudder.guidance.r2f import R2F
 from rudder.host import add_guidance
-
-from nodes import ConditioningZeroOut
 
 from .models import CONTEXT, MODELS, POOLED, conditioning, having, latent, lora, sample
 

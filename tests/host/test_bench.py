@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from rudder import bench
 from rudder.bench import cost
 

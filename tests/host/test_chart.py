@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 from PIL import Image, ImageColor
+
 from rudder.guidance.trace import QUANTITIES
 from rudder.nodes import chart
 from rudder.nodes.chart import COLOURS, OVERVIEW, line_charts

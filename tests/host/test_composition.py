@@ -19,6 +19,7 @@ from comfy_extras.nodes_model_advanced import RescaleCFG
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT, SkipLayerGuidanceDiTSimple
 from comfy_extras.nodes_tcfg import TCFG
+
 from rudder.guidance.aapb import AAPB
 from rudder.guidance.blend import FixedBlend
 from rudder.guidance.cfg import CFG, cfg

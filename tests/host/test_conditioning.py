@@ -16,6 +16,7 @@ import comfy.patcher_extension
 import comfy.sd
 import pytest
 import torch
+
 from rudder.guidance.aapb import AAPB, optimal_gamma
 from rudder.guidance.blend import blend
 from rudder.guidance.cfg import cfg

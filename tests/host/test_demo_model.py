@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from rudder.demo import draw, world
 from rudder.host.demo import DEFAULT, load_demo
 

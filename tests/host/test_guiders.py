@@ -6,12 +6,12 @@ import comfy_extras.nodes_custom_sampler as custom
 import comfy_extras.nodes_perpneg as perpneg
 import pytest
 import torch
+
+import nodes as host_nodes
 from rudder.guidance.contract import Guidance, GuidanceError, Prompt
 from rudder.guidance.r2f import R2F
 from rudder.host import add_guidance
 from rudder.nodes.guidance import RudderAAPB, RudderCFG, RudderFixedBlend, RudderLimitedInterval, RudderR2F
-
-import nodes as host_nodes
 
 from .models import MODELS, conditioning, latent, sample
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+
 from rudder.guidance.aapb import AAPB, optimal_gamma
 from rudder.guidance.blend import FixedBlend, blend
 from rudder.guidance.cfg import CFG, cfg

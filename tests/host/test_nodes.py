@@ -13,6 +13,7 @@ import pytest
 import torch
 from comfy_api.latest import io
 from comfy_execution.utils import CurrentNodeContext
+
 from rudder.guidance.aapb import AAPB
 from rudder.guidance.blend import FixedBlend
 from rudder.guidance.cfg import CFG

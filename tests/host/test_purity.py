@@ -12,6 +12,7 @@ import comfy.samplers
 import pytest
 import torch
 from comfy.model_management import InterruptProcessingException
+
 from rudder.guidance.aapb import AAPB
 from rudder.guidance.cfg import CFG
 from rudder.guidance.contract import Guidance, Predictions, Prompt, Step

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from comfy_execution.utils import CurrentNodeContext
+
 from rudder.guidance.aapb import AAPB, optimal_gamma
 from rudder.guidance.blend import FixedBlend, blend
 from rudder.guidance.contract import Prompt

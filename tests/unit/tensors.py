@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from hypothesis import strategies as st
+
 from rudder.guidance.contract import Guidance, Predictions, Prompt, Setup, Step
 from rudder.guidance.space import Parametrisation
 

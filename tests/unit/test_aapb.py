@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from rudder.guidance import space
 from rudder.guidance.aapb import AAPB, CLAMP, optimal_gamma
 from rudder.guidance.blend import blend

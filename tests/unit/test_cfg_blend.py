@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from rudder.guidance import space
 from rudder.guidance.blend import FixedBlend, blend
 from rudder.guidance.cfg import CFG, cfg

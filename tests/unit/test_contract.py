@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from rudder.guidance.aapb import AAPB
 from rudder.guidance.blend import FixedBlend
 from rudder.guidance.cfg import CFG

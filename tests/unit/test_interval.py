@@ -7,6 +7,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from rudder.guidance.cfg import CFG
 from rudder.guidance.contract import GuidanceError
 from rudder.guidance.interval import LimitedInterval, interval_weight

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from rudder.guidance.contract import GuidanceError, Mix, overrides
 from rudder.guidance.r2f import MODES, R2F, stop_fraction, stop_step, uses_frequent
 

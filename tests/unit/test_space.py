@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from hypothesis import given
+
 from rudder.guidance import space
 from rudder.guidance.space import Parametrisation
 

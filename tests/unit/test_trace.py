@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+
 from rudder.guidance.contract import Guidance, overrides
 from rudder.guidance.trace import QUANTITIES, Recorder, Trace, labelled, plain, series
 

@@ -6,6 +6,7 @@ from dataclasses import fields
 
 import numpy as np
 import pytest
+
 from rudder.demo import draw, tokenizer, words, world
 
 COLOR = np.array(list(world.COLORS.values()), float)
