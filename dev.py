@@ -519,7 +519,7 @@ def follow(messages: Iterator[dict[str, Any]], prompt: dict[str, Any], prompt_id
         elif kind == "execution_success":
             return end_progress()
         elif kind == "execution_error":
-            what = f"{data['exception_type']}: {data['exception_message'].strip()}"
+            what = f"{data['exception_type'].rpartition('.')[2]}: {data['exception_message'].strip()}"
             raise Problem(f"{data['node_type']} (node {data['node_id']}) failed: {what}")
         elif kind == "execution_interrupted":
             raise Problem("the run was interrupted")
@@ -578,6 +578,9 @@ def command_run(args: argparse.Namespace, rest: list[str]) -> int:
                 files = run_prompt(comfy.address, prompt)
         except (Problem, OSError) as problem:
             raise Problem(f"{problem}\nComfyUI's log: {shutil.copy(log, out)}") from None
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines():  # costs, and warnings
+            if "Rudder: " in line:
+                print(line[line.index("Rudder: "):])
     for file in files:
         print(out / file["subfolder"] / file["filename"])
     return 0

@@ -13,6 +13,7 @@ horns, 4 texture or material, 5 fine detail such as hair; 0 means the rare promp
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -67,6 +68,11 @@ class R2F(Guidance):
 
     def check(self, setup: Setup) -> None:
         require_distinct(self.title, "frequent", self.frequent, setup)
+        if self.stop == 0 or (self.mode == "blend" and self.amount == 0):
+            logging.getLogger("rudder").warning(
+                "Rudder: %s: level 0, or a blend amount of 0, leaves the rare prompt alone; the node changes nothing.",
+                self.title,
+            )
 
     def sources(self, step: Step) -> Mapping[str, Branch]:
         stop = stop_step(self.stop, step.steps)

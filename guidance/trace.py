@@ -15,10 +15,10 @@ from torch import Tensor
 from .contract import Guidance
 
 QUANTITIES = {
-    "gamma": "weight of the anchor in the blend (AAPB, fixed blend)",
+    "gamma": "weight of the anchor (AAPB, blend)",
     "frequent": "share of the frequent prompt (R2F)",
     "weight": "guidance weight",
-    "cosine": "cosine between the conditional and the unconditional x - x0",
+    "cosine": "cosine of cond and uncond x - x0",
     "guidance_norm": "norm of cond - uncond",
     "change_norm": "norm of what the methods changed in the conditional prediction",
     "cond_norm": "norm of the conditional prediction",

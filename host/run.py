@@ -155,8 +155,8 @@ class Run:
                     "formula; only one can. Remove one of the two nodes from this MODEL."
                 )
         log.warning(
-            "Another node's CFG function (%s) replaces the CFG formula on this MODEL; Rudder's methods (%s) hand it "
-            "their predictions and weight.", describe(foreign), self.titles(),
+            "Rudder: another node's CFG function (%s) replaces the CFG formula on this MODEL; Rudder's methods (%s) "
+            "hand it their predictions and weight.", describe(foreign), self.titles(),
         )
 
     def titles(self) -> str:

@@ -57,9 +57,9 @@ class RudderAAPB(io.ComfyNode):
                     "gamma",
                     options=["adaptive", "adaptive unclamped", "fixed"],
                     default="adaptive",
-                    tooltip="How much of the anchor is blended in. adaptive: Eq. 13 per step and picture, limited to "
-                    "[0.01, 0.99] as in the official code. adaptive unclamped: the paper's formula as printed. "
-                    "fixed: the constant below, for comparison.",
+                    tooltip="How much of the anchor is blended in. adaptive: computed at each step for each picture "
+                    "(recommended; the paper's Eq. 13, limited to 0.01 .. 0.99 as in the official code). adaptive "
+                    "unclamped: the same without the limit. fixed: the constant below, for comparison.",
                 ),
                 io.Float.Input(
                     "fixed_gamma", default=0.4, min=0.0, max=1.0, step=0.01, advanced=True,
@@ -91,7 +91,10 @@ class RudderFixedBlend(io.ComfyNode):
             search_aliases=["prompt mixing", "blend prompts", "fixed gamma", "average predictions"],
             inputs=[
                 model_input(),
-                anchor_input(),
+                io.Conditioning.Input(
+                    "anchor", tooltip="The prompt to mix in, from the same CLIP. For a rare prompt: the same attribute "
+                    "on a more general noun. Not an empty prompt.",
+                ),
                 io.Float.Input(
                     "gamma", default=0.4, min=0.0, max=1.0, step=0.01,
                     tooltip="Weight of the anchor: 0 is the positive alone, 1 the anchor alone; AAPB's paper finds "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 
 import folder_paths
 import numpy as np
@@ -36,13 +37,14 @@ def recorded(trace: Recorder, prompt: dict | None) -> dict[str, dict]:
     Raises:
         ValueError: nothing was recorded.
     """
-    runs = {node: run for node, run in trace.runs.items() if not prompt or not node or node.split(".")[0] in prompt}
-    if not runs:
+    present = [node for node in trace.runs if not prompt or not node or node.split(".")[0] in prompt]
+    present.sort(key=lambda node: [int(number) for number in re.findall(r"\d+", node)])  # not in the order they ran
+    if not present:
         raise ValueError(
             "The trace holds no run. Wire the MODEL output of Guidance Trace to the sampler (through other Rudder "
             "nodes if you like) and its result to 'after'. If the sampler was served from the cache, change its seed."
         )
-    return labelled(runs.values())
+    return labelled(trace.runs[node] for node in present)
 
 
 def strict(value):
@@ -62,7 +64,7 @@ class RudderTrace(io.ComfyNode):
             display_name="Guidance Trace",
             category=CATEGORY,
             description="Records what guidance does at every step of every sampler behind it: weight, gamma, the "
-            "angle between the conditional and the unconditional prediction, norms, evaluations. Changes nothing in "
+            "cosine between the conditional and the unconditional prediction, norms, evaluations. Changes nothing in "
             "the picture.",
             search_aliases=["record guidance", "debug guidance", "cfg trace", "gamma plot"],
             not_idempotent=True,  # two identical trace nodes must not share one recorder
