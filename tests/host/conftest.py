@@ -17,6 +17,9 @@ from comfy.cli_args import args  # noqa: E402
 
 args.cpu = True
 args.disable_api_nodes = True
+
+from .models import MODELS  # noqa: E402
+
 torch.set_num_threads(1)  # the models are tiny: threads that wait for one another cost more than they give
 
 
@@ -26,3 +29,14 @@ def as_a_node_is_executed(request: pytest.FixtureRequest):
     torch.manual_seed(0)
     with torch.inference_mode(request.node.get_closest_marker("grad_mode") is None):
         yield
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def kind(request: pytest.FixtureRequest) -> str:
+    """The family of the tiny model: a test that asks for it runs on each."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(kind: str):
+    return MODELS[kind]()

@@ -19,16 +19,6 @@ from .models import CONTEXT, MODELS, POOLED, conditioning, having, latent, lora,
 POSITIVE, NEGATIVE, ANCHOR = conditioning(1), conditioning(2), conditioning(3)
 
 
-@pytest.fixture(scope="module", params=list(MODELS))
-def kind(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def model(kind):
-    return MODELS[kind]()
-
-
 def anchored(conditioning, method=AAPB, **options):
     return method(anchor=Prompt(conditioning, "anchor"), **options)
 

@@ -29,21 +29,11 @@ from rudder.guidance.r2f import R2F
 from rudder.guidance.trace import Recorder, Trace
 from rudder.host import add_guidance
 
-from .models import MODELS, calls, conditioning, evaluate, latent, sample
+from .models import calls, conditioning, evaluate, latent, sample
 
 POSITIVE, NEGATIVE, ANCHOR = conditioning(1), conditioning(2), conditioning(3)
 ANCHORED = Prompt(ANCHOR, "anchor")
 STEPS, WEIGHT = 4, 4.0
-
-
-@pytest.fixture(scope="module", params=list(MODELS))
-def kind(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def model(kind):
-    return MODELS[kind]()
 
 
 def wired(model, *methods):

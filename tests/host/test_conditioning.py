@@ -24,20 +24,10 @@ from rudder.guidance.contract import Prompt
 from rudder.guidance.r2f import R2F
 from rudder.host import add_guidance
 
-from .models import MODELS, calls, conditioning, evaluate, having, lora, sample
+from .models import calls, conditioning, evaluate, having, lora, sample
 
 WEIGHT = 4.0
 POSITIVE, NEGATIVE, ANCHOR = conditioning(1), conditioning(2), conditioning(3)
-
-
-@pytest.fixture(scope="module", params=list(MODELS))
-def kind(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def model(kind):
-    return MODELS[kind]()
 
 
 def expected(model, kind, prompts: Callable[[], list], **options) -> torch.Tensor:

@@ -13,7 +13,7 @@ from rudder.guidance.r2f import R2F
 from rudder.host import add_guidance
 from rudder.nodes.guidance import RudderAAPB, RudderCFG, RudderFixedBlend, RudderLimitedInterval, RudderR2F
 
-from .models import MODELS, conditioning, latent, sample
+from .models import conditioning, latent, sample
 
 POSITIVE, NEGATIVE, ANCHOR = conditioning(1), conditioning(2), conditioning(3)
 STEPS, SEED, WEIGHT = 4, 11, 4.0
@@ -27,16 +27,6 @@ METHODS = {
     "LimitedInterval": lambda model: RudderLimitedInterval.execute(model, 0.4, 0.95, 0.0, 1.0),
     "CFG": lambda model: RudderCFG.execute(model, 2.0, 0.0, 0.6),
 }
-
-
-@pytest.fixture(scope="module", params=list(MODELS))
-def kind(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def model(kind):
-    return MODELS[kind]()
 
 
 def patched(model, method: str):

@@ -24,16 +24,6 @@ ANCHORED = Prompt(ANCHOR, "anchor")
 WEIGHT = 4.0
 
 
-@pytest.fixture(scope="module", params=list(MODELS))
-def kind(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def model(kind):
-    return MODELS[kind]()
-
-
 def by_cfg(predict, sigma, weight=WEIGHT, positive="positive"):
     uncond = predict("negative")
     return cfg(predict(positive), uncond, weight)

@@ -250,11 +250,11 @@ def test_a_plot_of_several_samplers(model):
 
 def test_a_sampler_that_left_the_graph_leaves_the_plot():
     recorder = Recorder(runs={
-        "3": {"methods": [], "cfg": 4.0, "steps": []}, "5": {"methods": [], "cfg": 7.0, "steps": []},
+        "15": {"methods": [], "cfg": 7.0, "steps": []}, "3": {"methods": [], "cfg": 4.0, "steps": []},
         "": {"methods": [], "cfg": 1.5, "steps": []},
     })
-    assert list(recorded(recorder, {"5": {}, "8": {}})) == ["CFG 7", "CFG 1.5"]  # "" is a run outside of any graph
-    assert list(recorded(recorder, None)) == ["CFG 4", "CFG 7", "CFG 1.5"]
+    assert list(recorded(recorder, {"15": {}, "8": {}})) == ["CFG 1.5", "CFG 7"]  # "" is a run outside of any graph
+    assert list(recorded(recorder, None)) == ["CFG 1.5", "CFG 4", "CFG 7"]  # by node, not as they ran
 
 
 def test_the_next_run_of_a_sampler_replaces_its_last(model):

@@ -16,21 +16,11 @@ from rudder.guidance.trace import Recorder, Trace
 from rudder.host import add_guidance
 from rudder.nodes.trace import RudderTrace
 
-from .models import MODELS, conditioning, evaluate, sample
+from .models import conditioning, evaluate, sample
 
 POSITIVE, NEGATIVE, ANCHOR = conditioning(1), conditioning(2), conditioning(3)
 ANCHORED = Prompt(ANCHOR, "anchor")
 WEIGHT = 4.0
-
-
-@pytest.fixture(scope="module", params=list(MODELS))
-def kind(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def model(kind):
-    return MODELS[kind]()
 
 
 def traced(model, *methods):
