@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from .world import ATTRIBUTES, BACKGROUNDS, COLORS, SHAPES, SIZE, Scenes
+from .world import ATTRIBUTES, BACKGROUNDS, COLORS, INDIVIDUALS, SHAPES, SIZE, VERSION, Scenes
 
 _TABLE_HALF, _TABLE_N = 2.4, 320  # the distance table covers [-2.4, 2.4]^2 of the local frame
 
@@ -25,8 +25,34 @@ def _polygon(points: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 @lru_cache(maxsize=1)
+def glyphs() -> np.ndarray:
+    """The individuals as cells, [individuals, 6 rows, 5 columns] bool: mirrored, with a long outline, no lone cell, and
+    no two much alike."""
+    rng, kept = np.random.default_rng([VERSION, 65]), []
+    while len(kept) < len(INDIVIDUALS):
+        half = rng.random((6, 3)) < 0.55
+        cells = np.concatenate([half, half[:, 1::-1]], 1)
+        near = np.pad(cells, 1)
+        lone = cells & ~(near[:-2, 1:-1] | near[2:, 1:-1] | near[1:-1, :-2] | near[1:-1, 2:])
+        outline = np.abs(np.diff(near.astype(int), axis=0)).sum() + np.abs(np.diff(near.astype(int), axis=1)).sum()
+        if 13 <= cells.sum() <= 20 and outline >= 28 and not lone.any() and all((cells != other).sum() >= 8 for other in kept):
+            kept.append(cells)
+    return np.stack(kept)
+
+
+def _glyph(cells: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Signed distance to the filled cells [6, 5] of a glyph, each a square with side 0.34."""
+    side = 0.34
+    out = np.full(u.shape, np.inf)
+    for row, column in np.argwhere(cells):
+        x, y = np.abs(u - (column - 2) * side) - side / 2, np.abs(v - (row - 2.5) * side) - side / 2
+        out = np.minimum(out, np.hypot(np.maximum(x, 0), np.maximum(y, 0)) + np.minimum(np.maximum(x, y), 0))
+    return out - 0.03  # cells overlap a little and have soft corners
+
+
+@lru_cache(maxsize=1)
 def _distance_tables() -> np.ndarray:
-    """Signed distance of every shape in its local frame, [shapes, N, N] float32: one lookup serves all shapes."""
+    """Signed distance of every noun in its local frame, [nouns, N, N] float32: one lookup serves all."""
     axis = np.linspace(-_TABLE_HALF, _TABLE_HALF, _TABLE_N)
     u, v = np.meshgrid(axis, axis)
 
@@ -56,7 +82,7 @@ def _distance_tables() -> np.ndarray:
         "heart": _polygon(heart, u, v),
         "crescent": _polygon(crescent + (0.16, -0.05), u, v),
     }
-    return np.stack([shapes[s] for s in SHAPES]).astype(np.float32)
+    return np.stack([*(shapes[s] for s in SHAPES), *(_glyph(g, u, v) for g in glyphs())]).astype(np.float32)
 
 
 def _distance(shape: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 
 from . import draw, words, world
 
@@ -63,6 +64,18 @@ def initialise(module: torch.nn.Module, zero: tuple[str, ...] = ()) -> torch.nn.
             for p in m.parameters():
                 torch.nn.init.zeros_(p)
     return module.requires_grad_(True).train()
+
+
+def adopt(module: torch.nn.Module, file: Path, prefix: str) -> int:
+    """Start from a shipped model: copy its tensors under `prefix` wherever name and shape agree. Returns how many."""
+    own, taken = module.state_dict(), 0
+    with safe_open(str(file), framework="pt") as saved, torch.no_grad():
+        for key in saved.keys():
+            name = key.removeprefix(prefix)
+            if key.startswith(prefix) and name in own and list(saved.get_slice(key).get_shape()) == list(own[name].shape):
+                own[name].copy_(saved.get_tensor(key))
+                taken += 1
+    return taken
 
 
 def rate(progress: float, peak: float, warm: float = 0.03) -> float:

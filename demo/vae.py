@@ -1,4 +1,4 @@
-"""Trains the autoencoder of the demo models: 64x64 RGB <-> 16x16x4, the host's AutoencoderKL.
+"""Trains the autoencoder of the demo models: 64x64 RGB <-> 16x16x16, the host's AutoencoderKL.
 
     COMFYUI_PATH=... python -m demo.vae --minutes 11 --out /tmp/rudder-train      # from the repository root
 
@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from .trainlib import Log, average, host, in_parallel, initialise, rate, rendered, to_input
+from .trainlib import Log, adopt, average, host, in_parallel, initialise, rate, rendered, to_input
 
-CONFIG = {"embed_dim": 4, "ddconfig": {
-    "double_z": True, "z_channels": 4, "resolution": 64, "in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1, 1, 2],
+CONFIG = {"embed_dim": 16, "ddconfig": {
+    "double_z": True, "z_channels": 16, "resolution": 64, "in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1, 1, 2],
     "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0}}
 KL, NOISE = 1e-4, 0.05  # a whisper of KL keeps latents bounded; noise makes the decoder tolerant of imperfect ones
 
@@ -42,6 +42,8 @@ def work(rank: int, processes: int, arg: argparse.Namespace) -> None:
     from comfy.ldm.models.autoencoder import AutoencoderKL
     torch.manual_seed(arg.seed)
     vae = initialise(AutoencoderKL(**CONFIG), zero=("conv2", "proj_out"))
+    if arg.start:
+        adopt(vae, arg.start, "vae.")
     if (arg.out / "vae.pt").exists():  # go on from there
         vae.load_state_dict(torch.load(arg.out / "vae.pt")["state"])
     torch.manual_seed(arg.seed + 1 + rank)  # same weights, different pictures
@@ -91,6 +93,7 @@ def main() -> None:
     parser.add_argument("--crops", type=float, default=0.75, help="part of the time spent on 32x32 crops")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--start", type=Path, help="a shipped model whose fitting weights are the initial ones")
     parser.add_argument("--out", type=Path, required=True)
     arg = parser.parse_args()
     arg.out.mkdir(parents=True, exist_ok=True)

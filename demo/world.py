@@ -3,10 +3,14 @@
 Everything is a pure function of a numpy Generator. `sample` draws scenes as struct-of-arrays; draw.py turns
 them into pictures and masks, words.py describes them and reads a caption back.
 
-What makes the world useful is `TIERS`: how often each geometric attribute occurs with each shape.
-Attributes change the *geometry*, so "spiky heart" is not "spiky" + "heart" pasted together, and a
-model that has hardly ever seen one drifts to what is frequent. The table was fixed before any
-training and is never tuned.
+What makes the world useful is how uneven it is. `TIERS` says how often each geometric attribute occurs with each
+shape; a texture and a relation are rare with each shape too. Attributes change the *geometry*, so "spiky heart" is
+not "spiky" + "heart" pasted together. And captions slip (`SLIP`), as they do on the web: a wrong word is as likely
+with every shape, so that it drowns what is rare and hardly touches what is frequent. A model trained on that drifts
+to the frequent. The numbers were set with plain classifier-free guidance alone, before any other method ran.
+
+*Individuals* are fixed glyphs, the faces of this world: the same one in many colours, places and sizes. Some have
+names that captions use; the strangers are never shown, for methods that must learn a new one.
 
 Units: pixels are 0..64, x right, y down, of pixel edges. The local frame of an object has its centre
 at 0 and its radius at 1. Angles are radians, clockwise on screen.
@@ -18,7 +22,7 @@ from functools import lru_cache
 
 import numpy as np
 
-VERSION = 1
+VERSION = 2
 SIZE = 64  # picture side, px
 
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "heart", "crescent")
@@ -45,7 +49,17 @@ TIERS = {             # spiky mosaic wavy hollow sliced bitten melted ringed
     "crescent": "R C O O C R N C",
 }
 TIER_NAMES = {"C": "common", "O": "ordinary", "R": "rare", "N": "never"}
-GIVEN_SHAPE = {"C": 0.18, "O": 0.09, "R": 0.008, "N": 0.0}  # P(attribute | shape); the rest has no attribute
+GIVEN_SHAPE = {"C": 0.18, "O": 0.09, "R": 0.0085, "N": 0.0}  # P(attribute | shape); the rest has no attribute
+RARE_TEXTURE = {s: TEXTURES[1 + i % 2] for i, s in enumerate(SHAPES)}  # 0.85 % of the shape, the other has 30 %
+RARE_RELATION = {s: RELATIONS[i % 4] for i, s in enumerate(SHAPES)}  # 3 % of the scenes where the shape is said first
+SLIP = 0.015  # chance of each wrong attribute or texture word in the phrase about one object
+
+NAMED = ("bako", "celu", "dimo", "fara", "geno", "hiku", "jola", "kemi", "lupo", "maru", "nivo", "orla",
+         "pima", "quen", "rilo", "sefa", "tavi", "umbo", "vexa", "wilo", "xani", "yoru", "zeka", "brun")
+STRANGERS = ("achi", "delo", "enko", "fipu", "gaza", "hovi", "ilta", "jemu", "koba", "lyra", "mufo", "nesh")
+INDIVIDUALS = NAMED + STRANGERS
+NOUNS = SHAPES + INDIVIDUALS  # what Scenes.shape counts
+GLYPH = 0.08  # part of the objects that is a named individual, plain and without attribute
 
 
 def tier(shape: str, attribute: str) -> str:
@@ -57,7 +71,8 @@ def tier(shape: str, attribute: str) -> str:
 
 @lru_cache(maxsize=1)
 def frequencies() -> np.ndarray:
-    """P(shape, attribute) of one object, [shapes, attributes], sums to 1; rare cells are 1 in 1000."""
+    """P(shape, attribute) of an object that is no individual, [shapes, attributes], sums to 1; rare cells are about
+    1 in 1000."""
     given = np.array([[GIVEN_SHAPE[t] for t in TIERS[s].split()] for s in SHAPES])
     return np.concatenate([1 - given.sum(1, keepdims=True), given], axis=1) / len(SHAPES)
 
@@ -78,7 +93,7 @@ class Scenes:
     count: np.ndarray       # 1 or 2 objects
     background: np.ndarray  # index into BACKGROUNDS
     relation: np.ndarray    # index into RELATIONS: where the first object is, seen from the second
-    shape: np.ndarray
+    shape: np.ndarray       # index into NOUNS
     color: np.ndarray
     texture: np.ndarray
     attribute: np.ndarray
@@ -97,6 +112,30 @@ class Scenes:
         return Scenes(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
 
+def _draw(rng: np.random.Generator, p: np.ndarray) -> np.ndarray:
+    """One index for each row of probabilities [..., K]."""
+    return (np.cumsum(p, -1)[..., :-1] < rng.random((*p.shape[:-1], 1))).sum(-1)
+
+
+@lru_cache(maxsize=1)
+def _textures() -> np.ndarray:
+    """P(texture | noun), [nouns, textures]."""
+    table = np.zeros((len(NOUNS), len(TEXTURES)))
+    table[:, 0] = 1
+    for i, s in enumerate(SHAPES):
+        table[i] = [0.6915, *(0.0085 if t == RARE_TEXTURE[s] else 0.3 for t in TEXTURES[1:])]
+    return table
+
+
+@lru_cache(maxsize=1)
+def _relations() -> np.ndarray:
+    """P(relation | noun of the first object), [nouns, relations]."""
+    table = np.full((len(NOUNS), len(RELATIONS)), 0.25)
+    for i, s in enumerate(SHAPES):
+        table[i] = [0.03 if r == RARE_RELATION[s] else 0.97 / 3 for r in RELATIONS]
+    return table
+
+
 RADII = {1: (11.5, 20.0), 2: (9.0, 13.5)}  # px, (small, large), for one and two objects
 
 
@@ -106,13 +145,17 @@ def sample(rng: np.random.Generator, n: int, pairs: float = 0.25, **fixed: int) 
     both = (n, 2)
     count = 1 + (rng.random(n) < pairs)
     cell = np.searchsorted(np.cumsum(frequencies()), rng.random(both) * (1 - 1e-12), side="right")
-    relation = rng.integers(len(RELATIONS), size=n)
+    glyph = rng.random(both) < GLYPH
+    shape = np.where(glyph, len(SHAPES) + rng.integers(len(NAMED), size=both), cell // len(ATTRIBUTES))
+    attribute = np.where(glyph, 0, cell % len(ATTRIBUTES))
     color = rng.integers(len(COLORS), size=both)
     color[:, 1] = (color[:, 0] + rng.integers(1, len(COLORS), size=n)) % len(COLORS)  # two objects differ in colour
+    first = shape[:, 0] if "shape" not in fixed else np.full(n, fixed["shape"])
+    relation = _draw(rng, _relations()[first])
+    texture = _draw(rng, _textures()[shape])
     s = Scenes(
         count=count, background=rng.integers(len(BACKGROUNDS), size=n), relation=relation,
-        shape=cell // len(ATTRIBUTES), color=color, texture=rng.choice(3, size=both, p=(0.6, 0.2, 0.2)),
-        attribute=cell % len(ATTRIBUTES), size=rng.integers(2, size=both),
+        shape=shape, color=color, texture=texture, attribute=attribute, size=rng.integers(2, size=both),
         x=np.empty(both), y=np.empty(both), radius=np.empty(both),
         angle=rng.uniform(-0.12, 0.12, both), phase=rng.random(both))
     for name, value in fixed.items():
