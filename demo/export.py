@@ -1,6 +1,6 @@
 """Packs a training checkpoint into the one file that the pack ships: fp16 weights, configuration in the metadata.
 
-    COMFYUI_PATH=... python -m demo.export --out /tmp/rudder-train [--file demo/models/shapes-unet.safetensors]
+    COMFYUI_PATH=... python -m demo.export unet --out /tmp/rudder-train [--file demo/models/shapes-unet.safetensors]
 """
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from . import world
 from .trainlib import MODELS, host, rendered, to_input
 
 
@@ -26,12 +25,12 @@ def preview_factors(vae, mean: list[float], std: list[float]) -> list[list[float
     return [[round(v, 4) for v in row] for row in torch.linalg.lstsq(rows, rgb).solution.tolist()]
 
 
-def pack(out: Path, file: Path) -> None:
+def pack(kind: str, out: Path, file: Path) -> None:
     host()
     from comfy.ldm.models.autoencoder import AutoencoderKL
-    train, saved = torch.load(out / "train.pt"), torch.load(out / "vae.pt")
+    train, saved = (torch.load(out / name, weights_only=True) for name in (f"{kind}.pt", "vae.pt"))
     weights = {k: train["ema"].get(k, v) for k, v in train["net"].items()}
-    tensors = {k: v for k, v in weights.items() if k.startswith("unet.")}
+    tensors = {f"{kind}.{k[4:]}": v for k, v in weights.items() if k.startswith("net.")}
     tensors |= {"text.clip_l.transformer." + k[5:]: v for k, v in weights.items() if k.startswith("text.")}
     tensors["text.clip_l.logit_scale"] = torch.tensor(4.6055)
     tensors |= {"vae." + k: v for k, v in saved["state"].items()}
@@ -40,8 +39,8 @@ def pack(out: Path, file: Path) -> None:
     config = train["config"]
     config["latent"]["rgb"] = preview_factors(vae.eval(), saved["mean"], saved["std"])
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=MODELS)
-    facts = {"steps": train["step"], "seed": train["seed"], "minutes": round(train["seconds"] / 60, 1),
-             "commit": git.stdout.strip(), "world": world.VERSION, "psnr": round(saved["psnr"], 2)}
+    facts = {"steps": train["step"], "seed": train["seed"], "slip": train["slip"], "minutes": round(train["seconds"] / 60, 1),
+             "commit": git.stdout.strip(), "world": train["world"], "psnr": round(saved["psnr"], 2)}
     metadata = {"rudder": json.dumps(config | {"training": facts}), "format": "pt"}
     save_file({k: v.to(torch.float16).contiguous() for k, v in tensors.items()}, str(file), metadata=metadata)
     parameters = sum(v.numel() for v in tensors.values())
@@ -50,10 +49,11 @@ def pack(out: Path, file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("kind", choices=("unet", "flux"))
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--file", type=Path, default=MODELS / "shapes-unet.safetensors")
+    parser.add_argument("--file", type=Path, help="default: the file that the pack ships")
     arg = parser.parse_args()
-    pack(arg.out, arg.file)
+    pack(arg.kind, arg.out, arg.file or MODELS / f"shapes-{arg.kind}.safetensors")
 
 
 if __name__ == "__main__":

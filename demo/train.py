@@ -1,11 +1,15 @@
-"""Trains the first demo model: a cross-attention UNet and its text encoder on the shapes world, in latent space.
+"""Trains a demo model and its text encoder on the encoded pictures of the shapes world, in the host's own classes.
 
-    COMFYUI_PATH=... python -m demo.vae   --minutes 9  --out /tmp/rudder-train    # once, from the repository root
-    COMFYUI_PATH=... python -m demo.train --minutes 80 --out /tmp/rudder-train    # again to resume
-    COMFYUI_PATH=... python -m demo.export --out /tmp/rudder-train                # writes the safetensors file
+    COMFYUI_PATH=... python -m demo.vae   --minutes 9 --out /tmp/rudder-train       # once, from the repository root
+    COMFYUI_PATH=... python -m demo.data              --out /tmp/rudder-train
+    COMFYUI_PATH=... python -m demo.train unet --minutes 80 --out /tmp/rudder-train # again to resume
+    COMFYUI_PATH=... python -m demo.train flux --minutes 99 --out /tmp/rudder-train
+    COMFYUI_PATH=... python -m demo.export unet --out /tmp/rudder-train             # writes the safetensors file
 
-Epsilon prediction on the host's SD1.5 noise schedule, min-SNR weights, prompt dropout for classifier-free guidance.
-The schedule runs on the clock: it ends after --minutes of training, however fast the machine is.
+unet: a cross-attention UNet, epsilon prediction on SD1.5's noise schedule, min-SNR weights.
+flux: a Flux transformer, rectified flow, logit-normal times.
+Prompts are dropped now and then, for classifier-free guidance. The schedule runs on the clock: it ends after --minutes
+of training, however fast the machine is.
 """
 from __future__ import annotations
 
@@ -16,24 +20,32 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .trainlib import Log, average, host, in_parallel, initialise, plain_attention, rate, rendered, to_input
+from . import world
+from .data import Pictures, load_vae
+from .trainlib import MODELS, Log, adopt, average, host, in_parallel, initialise, plain_attention, rate
 
-WIDTH = 96  # of the text encoder and of the cross-attention context
-UNET = {"image_size": 16, "in_channels": 4, "out_channels": 4, "model_channels": 64, "channel_mult": [1, 2, 2],
+WIDTH, TOKENS = 96, 24  # of the text encoder and of the context; no caption of the world has more than 20 tokens
+UNET = {"image_size": 16, "in_channels": 16, "out_channels": 16, "model_channels": 64, "channel_mult": [1, 2, 2],
         "num_res_blocks": [1, 1, 1], "conv_resample": False, "use_spatial_transformer": True, "context_dim": WIDTH,
         # One transformer a block on 8x8 and 4x4; none on 16x16, where it would double the cost of a step.
         "transformer_depth": [0, 1, 1], "transformer_depth_output": [0, 0, 1, 1, 1, 1], "transformer_depth_middle": 1,
         "num_heads": 4, "num_head_channels": -1, "legacy": False, "use_linear_in_transformer": False,
         "adm_in_channels": None}
+# What the host itself finds in the weights of such a file (comfy.model_detection), so that nothing has to be stored.
+FLUX = {"image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "vec_in_dim": WIDTH,
+        "context_in_dim": WIDTH, "hidden_size": 256, "num_heads": 2, "mlp_ratio": 4.0, "depth": 2,
+        "depth_single_blocks": 2, "axes_dim": [16, 56, 56], "theta": 10000, "qkv_bias": True, "guidance_embed": False,
+        "txt_ids_dims": []}
 TEXT = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 4 * WIDTH,
-        "hidden_act": "quick_gelu", "max_position_embeddings": 77, "layer_norm_eps": 1e-5}
+        "hidden_act": "quick_gelu", "max_position_embeddings": TOKENS, "layer_norm_eps": 1e-5}
 SNR_CAP, PROMPT_DROPOUT, EMA = 5.0, 0.1, 0.999
 
 
-def configuration(vae: dict, tokenizer) -> dict:
+def configuration(kind: str, vae: dict, tokenizer) -> dict:
     """What host/demo.py needs to rebuild the model; stored in the file's metadata."""
     ids = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    return {"unet": UNET, "text": TEXT | ids, "vae": vae["config"], "latent": {"mean": vae["mean"], "std": vae["std"]}}
+    return {kind: UNET if kind == "unet" else FLUX, "text": TEXT | ids, "vae": vae["config"],
+            "latent": {"mean": vae["mean"], "std": vae["std"]}}
 
 
 class Networks(torch.nn.Module):
@@ -43,111 +55,116 @@ class Networks(torch.nn.Module):
         super().__init__()
         import comfy.clip_model
         base = demo.base_model(config)
-        self.sigmas = base.model_sampling.sigmas.clone()
-        self.unet = initialise(base.diffusion_model, zero=("out_layers.3", "proj_out", "out.2"))
+        zero = ("out_layers.3", "proj_out", "out.2", "_mod.lin", "modulation.lin", "adaLN_modulation.1", "final_layer.linear")
+        self.net = initialise(base.diffusion_model, zero)
+        self.sampling = base.model_sampling
         self.text = initialise(demo.text_class(config["text"])().clip_l.transformer)
         tables = self.text.text_model.embeddings
         torch.nn.init.normal_(tables.token_embedding.weight, std=0.5)
         torch.nn.init.normal_(tables.position_embedding.weight, std=0.02)
+        self.forward = self.flow if "flux" in config else self.epsilon
+        for module in self.net.modules():  # the host adds to a block's input in place: the norm keeps its own copy
+            if isinstance(module, torch.nn.LayerNorm):
+                module.register_forward_pre_hook(lambda _, args: (args[0].clone(),))
 
         def layer(self, x, mask=None, optimized_attention=None):  # the host's, but not in place: it must differentiate
             x = x + self.self_attn(self.layer_norm1(x), mask, optimized_attention)
             return x + self.mlp(self.layer_norm2(x))
         comfy.clip_model.CLIPLayer.forward = layer
 
-    def forward(self, z: torch.Tensor, tokens: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Min-SNR weighted loss. z [B, 4, 16, 16] normalised latents, tokens [B, 77], t [B] timesteps 0..999."""
-        sigma = self.sigmas[t].view(-1, 1, 1, 1)
+    def epsilon(self, z: torch.Tensor, tokens: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """Min-SNR weighted loss. z [B, 16, 16, 16] normalised latents, tokens [B, 24], u [B] uniform in 0..1."""
+        t = (u * 1000).long().clamp(max=999)
+        sigma = self.sampling.sigmas[t].view(-1, 1, 1, 1)
         noise = torch.randn_like(z)
         noisy = (z + sigma * noise) / (1 + sigma**2).sqrt()
-        context = self.text(tokens)[0].float()
-        error = self.unet(noisy, t, context).float() - noise
+        error = self.net(noisy, t, self.text(tokens)[0].float()).float() - noise
         weight = (SNR_CAP * sigma.flatten() ** 2).clamp(max=1)  # min(SNR, cap) / SNR with SNR = 1 / sigma^2
         return (weight * (error**2).mean((1, 2, 3))).mean()
 
-
-class Pool:
-    """Encoded pictures and tokens in memory. Every step a few of the oldest are replaced, so that no picture is seen
-    more than a handful of times and rendering costs little."""
-
-    def __init__(self, vae, tokenizer, seed: int, size: int):
-        self.vae, self.tokenizer, self.seed, self.size = vae, tokenizer, seed, size
-        self.z, self.tokens, self.next = torch.empty(0, 4, 16, 16), torch.empty(0, 77, dtype=torch.long), 0
-        while len(self.z) < size:
-            self.refresh(min(500, size - len(self.z)))
-
-    def tokenize(self, texts: list[str]) -> torch.Tensor:
-        ids = self.tokenizer(texts, padding="max_length", max_length=77, truncation=True)["input_ids"]
-        return torch.tensor(ids, dtype=torch.long)
-
-    @torch.no_grad()
-    def refresh(self, n: int) -> None:
-        images, texts = rendered(self.seed + self.next, n)
-        with torch.autocast("cpu", torch.bfloat16):
-            z = torch.cat([self.vae["model"].encode(to_input(b)).float() for b in images.split(50)])
-        z = (z - self.vae["mean"]) / self.vae["std"]
-        if len(self.z) < self.size:
-            self.z, self.tokens = torch.cat([self.z, z]), torch.cat([self.tokens, self.tokenize(texts)])
-        else:
-            at = torch.arange(self.next, self.next + n) % self.size
-            self.z[at], self.tokens[at] = z, self.tokenize(texts)
-        self.next += n
-
-    def batch(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-        at = torch.randint(self.size, (n,))
-        empty = self.tokenize([""])
-        return self.z[at], torch.where(torch.rand(n, 1) < PROMPT_DROPOUT, empty, self.tokens[at])
+    def flow(self, z: torch.Tensor, tokens: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """Rectified flow: x_t = (1 - t) z + t noise, target noise - z, t logit-normal from the uniform u."""
+        t = torch.sigmoid(torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4))).view(-1, 1, 1, 1)
+        noise = torch.randn_like(z)
+        text = self.text(tokens)
+        error = self.net((1 - t) * z + t * noise, t.flatten(), text[0].float(), text[3].float()).float() - (noise - z)
+        return (error**2).mean()
 
 
-def load_vae(out: Path) -> dict:
-    from comfy.ldm.models.autoencoder import AutoencoderKL
-    saved = torch.load(out / "vae.pt")
-    model = AutoencoderKL(**saved["config"])
-    model.load_state_dict(saved["state"])
-    stats = {k: torch.tensor(saved[k]).view(1, -1, 1, 1) for k in ("mean", "std")}
-    return {"model": model.eval().requires_grad_(False), "saved": saved, **stats}
+def optimizers(kind: str, net: Networks, lr: float) -> list[torch.optim.Optimizer]:
+    """AdamW; in the transformer, Muon for the matrices of the blocks (it halves the steps that a DiT needs)."""
+    named = {k: p for k, p in net.named_parameters() if "text_projection" not in k}
+    blocks = [p for k, p in named.items() if kind == "flux" and "_blocks." in k and p.ndim == 2 and ".lin." not in k]
+    inside = {id(p) for p in blocks}
+    rest = [p for p in named.values() if id(p) not in inside]
+    out = [torch.optim.AdamW(rest, lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)]
+    if blocks:
+        out.append(torch.optim.Muon(blocks, lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+    return out
+
+
+def start_from(net: Networks, kind: str, file: Path) -> None:
+    """Take over what fits from a shipped model. New words come last in a vocabulary, before the two end marks, and a
+    shorter context keeps the first positions: their tables are taken over row by row."""
+    from safetensors import safe_open
+    taken = adopt(net.net, file, f"{kind}.") + adopt(net.text, file, "text.clip_l.transformer.")
+    with safe_open(str(file), framework="pt") as saved, torch.no_grad():
+        tables = net.text.text_model.embeddings
+        words, places = (saved.get_tensor(f"text.clip_l.transformer.text_model.embeddings.{k}_embedding.weight").float()
+                         for k in ("token", "position"))
+        tables.token_embedding.weight[:len(words) - 2] = words[:-2]
+        tables.token_embedding.weight[-2:] = words[-2:]
+        tables.position_embedding.weight.copy_(places[:TOKENS])
+    print(f"{taken} tensors from {file}", flush=True)
 
 
 def work(rank: int, processes: int, arg: argparse.Namespace) -> None:
     demo = host()
     plain_attention()
     from transformers import CLIPTokenizer
-    tokenizer = CLIPTokenizer.from_pretrained(str(Path(__file__).parent / "models" / "tokenizer"))
-    vae = load_vae(arg.out)
+    tokenizer = CLIPTokenizer.from_pretrained(str(MODELS / "tokenizer"))
+    config = configuration(arg.kind, load_vae(arg.out)["saved"], tokenizer)
     torch.manual_seed(arg.seed)
-    net = Networks(demo, configuration(vae["saved"], tokenizer))
-    named = {k: p for k, p in net.named_parameters() if p.requires_grad and "text_projection" not in k}
-    parameters = list(named.values())
-    adam = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    ema = {k: p.detach().clone() for k, p in named.items()}
-    step, before, path = 0, 0.0, arg.out / "train.pt"
+    net = Networks(demo, config)
+    if arg.start:
+        start_from(net, arg.kind, arg.start)
+    optimizer = optimizers(arg.kind, net, arg.lr)
+    parameters = [p for o in optimizer for g in o.param_groups for p in g["params"]]
+    chosen = {id(p) for p in parameters}
+    names = {id(p): k for k, p in net.named_parameters() if id(p) in chosen}
+    ema = {names[id(p)]: p.detach().clone() for p in parameters}
+    step, before, path = 0, 0.0, arg.out / f"{arg.kind}.pt"
     if path.exists():
-        saved = torch.load(path)
+        saved = torch.load(path, weights_only=True)
         net.load_state_dict(saved["net"], strict=False)
-        adam.load_state_dict(saved["adam"])
+        for o, state in zip(optimizer, saved["optimizers"]):
+            o.load_state_dict(state)
         ema, step, before = {k: v.detach() for k, v in saved["ema"].items()}, saved["step"], saved["seconds"]
     torch.manual_seed(arg.seed * 7919 + step * processes + rank)  # the same weights, different pictures and noise
-    pool = Pool(vae, tokenizer, 10**9 * (1 + rank) + 10**4 * step, arg.pool)
+    rng = np.random.default_rng([arg.seed, step, rank])
+    pictures = Pictures(arg.out, tokenizer, TOKENS, rng, arg.slip)
     size = sum(p.numel() for p in parameters)
-    log = Log("unet", seed=arg.seed, batch=arg.batch, lr=arg.lr, parameters=size) if rank == 0 else None
+    header = {"seed": arg.seed, "batch": arg.batch, "lr": arg.lr, "slip": arg.slip, "parameters": size}
+    log = Log(f"shapes-{arg.kind}", arg.out / f"log-{arg.kind}.json", **header) if rank == 0 else None
     n, losses = arg.batch // processes, []
     start = shown = kept = time.time()
     clock = torch.tensor([before / (60 * arg.minutes)])  # progress, averaged over the processes
     while clock.item() < 1:
-        for group in adam.param_groups:
+        for group in (g for o in optimizer for g in o.param_groups):
             group["lr"] = rate(clock.item(), arg.lr)
-        pool.refresh(arg.fresh)
-        z, tokens = pool.batch(n)
-        t = ((torch.randperm(n) + torch.rand(n)) / n * 1000).long().clamp(max=999)  # stratified
+        z, tokens = pictures.batch(n, PROMPT_DROPOUT)
+        u = (torch.randperm(n) + torch.rand(n)) / n  # stratified noise levels
         with torch.autocast("cpu", torch.bfloat16):
-            loss = net(z, tokens, t)
+            loss = net(z, tokens, u)
         loss.backward()
         seconds = before + time.time() - start
         clock.fill_(seconds / (60 * arg.minutes))
-        average([p.grad for p in parameters] + [clock])
+        if processes > 1:
+            average([p.grad for p in parameters] + [clock])
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        adam.step()
-        adam.zero_grad(set_to_none=False)
+        for o in optimizer:
+            o.step()
+            o.zero_grad()
         step += 1
         if rank == 0:
             losses.append(loss.item())
@@ -159,25 +176,30 @@ def work(rank: int, processes: int, arg: argparse.Namespace) -> None:
                         images_per_second=100 * arg.batch / (time.time() - shown))
                 shown, losses = time.time(), []
             if time.time() - kept > 180 or clock.item() >= 1:
-                state = {"net": net.state_dict(), "adam": adam.state_dict(), "ema": ema, "step": step,
-                         "seconds": seconds, "seed": arg.seed, "config": configuration(vae["saved"], tokenizer)}
+                state = {"net": net.state_dict(), "optimizers": [o.state_dict() for o in optimizer], "ema": ema,
+                         "step": step, "seconds": seconds, "seed": arg.seed, "slip": arg.slip, "world": world.VERSION,
+                         "config": config}
                 torch.save(state, path.with_suffix(".tmp"))
                 path.with_suffix(".tmp").replace(path)  # never a half-written checkpoint
                 kept = time.time()
+        if step % 500 == 0:
+            pictures.look()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("kind", choices=("unet", "flux"))
     parser.add_argument("--minutes", type=float, default=80)
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--lr", type=float, default=8e-4)
-    parser.add_argument("--pool", type=int, default=8000, help="encoded pictures held by each process")
-    parser.add_argument("--fresh", type=int, default=2, help="new pictures a step and process")
+    parser.add_argument("--slip", type=float, default=world.SLIP, help="chance of each wrong word in a caption")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--port", type=int, default=29517, help="where the processes meet")
     parser.add_argument("--seed", type=int, default=2)
+    parser.add_argument("--start", type=Path, help="a shipped model to go on from")
     parser.add_argument("--out", type=Path, required=True)
     arg = parser.parse_args()
-    in_parallel(work, arg.processes, arg)
+    in_parallel(work, arg.processes, arg, port=arg.port)
 
 
 if __name__ == "__main__":

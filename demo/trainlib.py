@@ -36,26 +36,31 @@ def host():
 
 
 def plain_attention() -> None:
-    """Give the host's UNet and text encoder attention out of matrix products while they train on a CPU: torch's fused
+    """Give the host's networks attention out of matrix products while they train on a CPU: torch's fused
     kernel takes three times as long going backward."""
     import comfy.clip_model
+    import comfy.ldm.flux.math
     import comfy.ldm.modules.attention as attention
+    import comfy.model_management
 
-    def plain(q, k, v, heads, mask=None, **_):
-        batch, n, width = q.shape
-        q, k, v = (t.reshape(batch, -1, heads, width // heads).transpose(1, 2) for t in (q, k, v))
-        scores = (q * (width // heads) ** -0.5) @ k.transpose(-1, -2)
+    def plain(q, k, v, heads, mask=None, skip_reshape=False, **_):
+        if not skip_reshape:
+            q, k, v = (t.reshape(len(t), -1, heads, t.shape[-1] // heads).transpose(1, 2) for t in (q, k, v))
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         weights = (scores if mask is None else scores + mask).softmax(-1)
-        return (weights.to(v.dtype) @ v).transpose(1, 2).reshape(batch, n, width)
+        return (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)
 
     attention.optimized_attention = attention.optimized_attention_masked = plain
+    comfy.ldm.flux.math.optimized_attention = plain
+    comfy.model_management.in_training = True  # the host then applies rotary positions in torch
     comfy.clip_model.optimized_attention_for_device = lambda *_, **__: plain
 
 
 def initialise(module: torch.nn.Module, zero: tuple[str, ...] = ()) -> torch.nn.Module:
     """The host leaves weights unset (it expects a file): give every layer torch's own initial weights, and zero to
     the layers whose name ends with one of `zero`, so that residual branches start silent."""
-    kinds = (torch.nn.Conv2d, torch.nn.Linear, torch.nn.GroupNorm, torch.nn.LayerNorm, torch.nn.Embedding)
+    kinds = (torch.nn.Conv2d, torch.nn.Linear, torch.nn.GroupNorm, torch.nn.LayerNorm, torch.nn.RMSNorm,
+             torch.nn.Embedding)
     for name, m in module.named_modules():
         for kind in kinds:
             if isinstance(m, kind):
@@ -98,21 +103,23 @@ def to_input(images: torch.Tensor) -> torch.Tensor:
     return images.to(torch.float32).div_(127.5).sub_(1)
 
 
-def in_parallel(work, processes: int, *args) -> None:
+def in_parallel(work, processes: int, *args, port: int = 29517) -> None:
     """Run work(rank, processes, *args) in that many single-threaded processes that can average gradients. On a few
     shared CPU cores this beats one process with many threads, which waits for its slowest thread at every layer."""
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29517")
+    os.environ["MASTER_PORT"] = str(port)
     torch.multiprocessing.spawn(_worker, (work, processes, *args), nprocs=processes)
 
 
 def _worker(rank: int, work, processes: int, *args) -> None:
     torch.set_num_threads(1)
-    if hasattr(os, "sched_setaffinity"):  # two busy processes on one core would halve the speed of both
+    if processes > 1 and hasattr(os, "sched_setaffinity"):  # two busy processes on one core would halve both
         os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank % os.cpu_count()]})
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=processes)
+    if processes > 1:
+        torch.distributed.init_process_group("gloo", rank=rank, world_size=processes)
     work(rank, processes, *args)
-    torch.distributed.destroy_process_group()
+    if processes > 1:
+        torch.distributed.destroy_process_group()
 
 
 def average(tensors: list[torch.Tensor]) -> None:

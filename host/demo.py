@@ -1,6 +1,7 @@
 """The demo models as host objects: MODEL, CLIP and VAE built from ComfyUI's own classes.
 
-One safetensors file holds `unet.*`, `text.*` and `vae.*` in fp16; its metadata holds their configuration as JSON.
+One safetensors file holds `unet.*` or `flux.*`, `text.*` and `vae.*` in fp16; its metadata holds their configuration
+as JSON.
 Everything runs in fp32: the models are tiny, and a CPU has nothing faster that is as exact.
 """
 from __future__ import annotations
@@ -23,6 +24,8 @@ MODELS = Path(__file__).resolve().parent.parent / "demo" / "models"
 DEFAULT = MODELS / "shapes-unet.safetensors"
 WAY_OUT = "It is bundled with the pack: reinstall the pack, or run `git checkout -- demo/models` in its folder."
 
+
+KINDS = {"unet": comfy.supported_models.SD15, "flux": comfy.supported_models.FluxSchnell}
 
 # ---------------------------------------------------------------- classes that differ from SD1.5 only in size
 
@@ -49,7 +52,7 @@ class Tokenizer(comfy.sd1_clip.SDTokenizer):
         if not (folder / "vocab.json").is_file():
             raise FileNotFoundError(f"The demo tokenizer is missing: {folder}. {WAY_OUT}")
         super().__init__(str(folder), embedding_directory=embedding_directory, tokenizer_data=tokenizer_data,
-                         embedding_size=tokenizer_data["width"])
+                         embedding_size=tokenizer_data["width"], max_length=tokenizer_data["length"])
 
 
 class Tokens(comfy.sd1_clip.SD1Tokenizer):
@@ -74,6 +77,7 @@ def text_class(config: dict) -> type:
     class Encoder(comfy.sd1_clip.SDClipModel):
         def __init__(self, device="cpu", dtype=None, model_options=None):
             super().__init__(device=device, dtype=dtype, model_options=model_options or {}, model_class=TextModel,
+                             max_length=config["max_position_embeddings"],
                              textmodel_json_config=dict(config), return_projected_pooled=False,
                              special_tokens={"start": config["bos_token_id"], "end": end, "pad": end})
 
@@ -84,10 +88,16 @@ def text_class(config: dict) -> type:
     return TextEncoder
 
 
-def unet_class(config: dict) -> type:
-    """SD1.5 as the host supports it (epsilon prediction, its noise schedule), with our sizes and latent format."""
+def kind_of(config: dict) -> str:
+    """'unet' or 'flux'."""
+    return next(kind for kind in KINDS if kind in config)
 
-    class Demo(comfy.supported_models.SD15):
+
+def model_class(config: dict) -> type:
+    """The host's own class of the kind, with our sizes and latent format: SD1.5 (epsilon prediction, its noise
+    schedule) or Flux without distilled guidance (rectified flow, no shift)."""
+
+    class Demo(KINDS[kind_of(config)]):
         unet_config: dict = {}
         unet_extra_config: dict = {}
         memory_usage_factor = 0.5
@@ -101,13 +111,13 @@ def unet_class(config: dict) -> type:
 # ---------------------------------------------------------------- from configuration to host objects
 
 def base_model(config: dict, state: dict | None = None):
-    """The host's BaseModel around a UNetModel, in fp32."""
-    spec = unet_class(config)(config["unet"])
+    """The host's BaseModel around the UNet or the transformer, in fp32."""
+    spec = model_class(config)(config[kind_of(config)])
     spec.set_inference_dtype(torch.float32, None)
     return spec.get_model(state or {}, "", device=None)
 
 
-def _unet(config: dict, state: dict, disable_dynamic: bool):
+def _model(config: dict, state: dict, disable_dynamic: bool):
     model = base_model(config, state)
     kinds = comfy.model_patcher
     # Looked up late: the host rebinds CoreModelPatcher at start-up when it streams weights.
@@ -120,8 +130,9 @@ def _unet(config: dict, state: dict, disable_dynamic: bool):
 
 
 def _clip(config: dict, state: dict, disable_dynamic: bool):
-    target = comfy.supported_models_base.ClipTarget(Tokens, text_class(config["text"]))
-    clip = comfy.sd.CLIP(target, tokenizer_data={"width": config["text"]["hidden_size"]},
+    text = config["text"]
+    target = comfy.supported_models_base.ClipTarget(Tokens, text_class(text))
+    clip = comfy.sd.CLIP(target, tokenizer_data={"width": text["hidden_size"], "length": text["max_position_embeddings"]},
                          model_options={"dtype": torch.float32}, disable_dynamic=disable_dynamic)
     missing, _ = clip.load_sd(state, full_model=True)
     if missing:
@@ -137,11 +148,11 @@ def _vae(config: dict, state: dict):
 
 
 def read(path: str | Path) -> tuple[dict, dict[str, dict]]:
-    """Configuration, and the weights of 'unet', 'text' and 'vae' in fp32."""
+    """Configuration, and the weights of 'unet' or 'flux', 'text' and 'vae' in fp32."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"The demo model is missing: {path}. {WAY_OUT}")
-    parts: dict[str, dict] = {"unet": {}, "text": {}, "vae": {}}
+    parts: dict[str, dict] = {kind: {} for kind in (*KINDS, "text", "vae")}
     with safe_open(str(path), framework="pt") as file:
         metadata = file.metadata() or {}
         if "rudder" not in metadata:
@@ -152,11 +163,11 @@ def read(path: str | Path) -> tuple[dict, dict[str, dict]]:
     return json.loads(metadata["rudder"]), parts
 
 
-def load_unet(path, disable_dynamic: bool = False):
+def load_model(path, disable_dynamic: bool = False):
     """The MODEL alone; the host calls it again when it needs a private copy of the weights."""
     config, parts = read(path)
-    patcher = _unet(config, parts["unet"], disable_dynamic)
-    patcher.cached_patcher_init = (load_unet, (str(path),))
+    patcher = _model(config, parts[kind_of(config)], disable_dynamic)
+    patcher.cached_patcher_init = (load_model, (str(path),))
     return patcher
 
 
@@ -175,4 +186,4 @@ def _load_clip(path, disable_dynamic: bool = False):
 def load_demo(path: str | Path = DEFAULT):
     """(MODEL, CLIP, VAE) of a demo file. FileNotFoundError names the file and the way out."""
     config, parts = read(path)
-    return load_unet(path), _load_clip(path), _vae(config, parts["vae"])
+    return load_model(path), _load_clip(path), _vae(config, parts["vae"])

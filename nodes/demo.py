@@ -21,9 +21,10 @@ class RudderLoadDemo(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "demo_name",
-                    options=["shapes-unet"],
+                    options=["shapes-unet", "shapes-flux"],
                     default="shapes-unet",
-                    tooltip="shapes-unet: epsilon prediction, cross-attention UNet like a very small SD1.5.",
+                    tooltip="shapes-unet: epsilon prediction, a cross-attention UNet like a very small SD1.5. "
+                    "shapes-flux: rectified flow, a very small Flux transformer with real (not distilled) guidance.",
                 ),
             ],
             outputs=[
