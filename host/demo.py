@@ -102,6 +102,9 @@ def model_class(config: dict) -> type:
         unet_extra_config: dict = {}
         memory_usage_factor = 0.5
 
+        def inpaint_model(self):
+            return False  # SD1.5 takes more than 4 channels for a sign of one
+
         def latent_format(self):
             return Latents(**config["latent"])
 
