@@ -1,6 +1,6 @@
 """The proving ground: one command a table, `python -m bench TABLE [--quick]` (or `python3 dev.py bench TABLE`).
 
-A table is a module here with a `main(quick) -> Table`. See README.md.
+A table is a module here with a `main(options) -> Table`. See README.md.
 """
 
 from __future__ import annotations
@@ -12,12 +12,34 @@ import platform
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks of a table; a table ignores what it has no use for.
+
+    Attributes:
+        quick: a small run that shows that everything works and measures nothing.
+        models: names of demo models or files; empty means each that exists.
+        n: pictures a cell; None means the table's own.
+        split: which half of the prompt list, 'dev' or 'final'.
+        shard: (i, k): do the i-th of k equal parts of the work.
+        work: folder for what an interrupted run goes on from; None means the user's cache.
+    """
+
+    quick: bool = False
+    models: tuple[str, ...] = ()
+    n: int | None = None
+    split: str = "dev"
+    shard: tuple[int, int] = (0, 1)
+    work: Path | None = None
 
 
 def prepare() -> None:
@@ -48,7 +70,9 @@ def prepare() -> None:
 class Table:
     """Rows of numbers with what is needed to trust and repeat them.
 
-    ``columns`` maps the keys of a row to (heading, format); a row may lack a column. ``notes`` are sentences.
+    ``columns`` maps the keys of a row to (heading, format); a row may lack a column, and a value may be anything that
+    formats, such as ``stats.Interval``. ``notes`` are sentences. ``plots`` maps a name to what saves its picture under
+    a path (``figure.savefig``, ``image.save``). ``parts`` are further tables of the run, printed below as sections.
     """
 
     name: str
@@ -57,21 +81,52 @@ class Table:
     rows: list[dict[str, Any]]
     notes: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    plots: dict[str, Callable[[Path], Any]] = field(default_factory=dict)
+    parts: list[Table] = field(default_factory=list)
 
-    def markdown(self) -> str:
+    def markdown(self, level: int = 1) -> str:
         cells = [[heading for heading, _ in self.columns.values()]]
         for row in self.rows:
             cells.append([format(row[key], how) if key in row else "" for key, (_, how) in self.columns.items()])
         cells.insert(1, ["---" if how == "" else "---:" for _, how in self.columns.values()])
         lines = ["| " + " | ".join(line) + " |" for line in cells]
+        if self.plots:
+            lines += ["", *(f"![{name}]({self.picture(name)})" for name in self.plots)]
         facts = [f"{key}: {value}" for key, value in self.facts.items()]
-        return "\n".join([f"# {self.title}", "", *lines, "", *[f"* {note}" for note in (*self.notes, *facts)], ""])
+        about = [f"* {note}" for note in (*self.notes, *facts)]
+        parts = [part.markdown(level + 1) for part in self.parts]
+        return "\n".join([f"{'#' * level} {self.title}", "", *lines, "", *about, *([""] if about else []), *parts])
+
+    def picture(self, name: str) -> str:
+        """The file name of a plot, beside the table's own files."""
+        return f"{self.name}-{name}.png"
+
+    def record(self) -> dict[str, Any]:
+        """What the JSON file holds."""
+        out = {"table": self.name, "title": self.title, "facts": self.facts, "notes": self.notes, "rows": self.rows}
+        if self.plots:
+            out["plots"] = [self.picture(name) for name in self.plots]
+        return out | ({"parts": [part.record() for part in self.parts]} if self.parts else {})
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        record = {"table": self.name, "title": self.title, "facts": self.facts, "notes": self.notes, "rows": self.rows}
         (folder / f"{self.name}.md").write_text(self.markdown(), encoding="utf-8")
-        (folder / f"{self.name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(self.record(), indent=1, default=plain) + "\n"
+        (folder / f"{self.name}.json").write_text(text, encoding="utf-8")
+        for table in (self, *self.parts):
+            for name, save in table.plots.items():
+                save(folder / table.picture(name))
+
+
+def plain(value: Any) -> Any:
+    """A dataclass in a row, such as an interval, for JSON.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    raise TypeError(f"{type(value).__name__} does not go into JSON")
 
 
 def facts(started: float, quick: bool) -> dict[str, Any]:
@@ -98,7 +153,8 @@ def commit() -> str:
     git = ["git", "-C", str(ROOT)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "guidance", "host", "nodes", "bench/*.py"])
+        measured = ("guidance", "host", "nodes", "demo", "bench/*.py")
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *measured])
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head.stdout.strip() + ("+" if changed.returncode else "")

@@ -5,22 +5,41 @@ import importlib
 import time
 from pathlib import Path
 
-from . import RESULTS, facts, prepare
+from . import RESULTS, Options, facts, prepare
 
 TABLES = {
+    "rare": ("rare", "RareShapes: how often rare combinations come out right, by method, model and anchor"),
     "cost": ("cost", "time of a step of every method against one batched evaluation of the same conds"),
     "import": ("import_time", "how long ComfyUI waits for the pack at start-up"),
+    "calibrate": ("calibrate", "how well the demo models draw what is common and rare, plain CFG alone"),
 }
+
+
+def part(text: str) -> tuple[int, int]:
+    """'1/3' -> (1, 3)."""
+    i, _, k = text.partition("/")
+    if not (i.isdigit() and k.isdigit() and int(i) < int(k)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/K with I from 0 to K - 1, such as 0/2")
+    return int(i), int(k)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure one table and print it as Markdown.")
     parser.add_argument("table", nargs="?", default="cost", choices=TABLES, help="default %(default)s")
     parser.add_argument("--quick", action="store_true", help="a small run that only shows that everything works")
+    parser.add_argument("--model", nargs="+", default=[], help="demo models by name or file (default: all)")
+    parser.add_argument("--n", type=int, help="pictures a cell (default: the table's own)")
+    parser.add_argument("--split", choices=("dev", "final"), default="dev",
+                        help="half of the prompt list: dev for looking (default), final for the published table alone")
+    parser.add_argument("--shard", type=part, default=(0, 1), metavar="I/K",
+                        help="do part I of K of the work; run again without it to print the table")
     parser.add_argument("--threads", type=int, help="CPU threads of torch; 1 suffers least from busy neighbours")
-    parser.add_argument("--out", type=Path, help="folder for TABLE.md and .json (default bench/results; quick: none)")
+    parser.add_argument("--work", type=Path, help="folder of what is done already (default: in the user's cache)")
+    parser.add_argument("--out", type=Path, help="folder of the results (default bench/results; quick: none)")
     parser.epilog = "tables: " + "; ".join(f"{name}: {what}" for name, (_, what) in TABLES.items())
     args = parser.parse_args()
+    if args.n is not None and args.n < 1:
+        parser.error("--n must be at least 1")
     prepare()
     threads = args.threads or (1 if args.quick else None)
     if threads:
@@ -28,7 +47,8 @@ def main() -> None:
 
         torch.set_num_threads(threads)
     started = time.time()
-    table = importlib.import_module(f".{TABLES[args.table][0]}", __package__).main(args.quick)
+    options = Options(args.quick, tuple(args.model), args.n, args.split, args.shard, args.work)
+    table = importlib.import_module(f".{TABLES[args.table][0]}", __package__).main(options)
     table.facts |= facts(started, args.quick)
     print(table.markdown())
     folder = args.out or (None if args.quick else RESULTS)

@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 
-from . import ROOT, Table
+from . import ROOT, Options, Table
 
 AIM = 0.3  # seconds
 # ComfyUI's own start-up imports torch, comfy and its nodes before any pack; only what comes after is ours.
@@ -40,10 +40,10 @@ def probe() -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main(quick: bool) -> Table:
-    if not quick:
+def main(options: Options) -> Table:
+    if not options.quick:
         probe()  # compiles what was never imported
-    found = [probe() for _ in range(1 if quick else 5)]
+    found = [probe() for _ in range(1 if options.quick else 5)]
     rows = []
     for what, key in (("root package", "root"), ("root package and all nodes", "all")):
         times = [run[key] for run in found]

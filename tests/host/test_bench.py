@@ -28,7 +28,7 @@ def command(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
 def quick() -> Iterator[bench.Table]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the command does for a quick run
-    yield cost.main(quick=True)
+    yield cost.main(bench.Options(quick=True))
     torch.set_num_threads(threads)
 
 

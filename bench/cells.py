@@ -1,0 +1,224 @@
+"""Cells of a table: pictures of one model, category, method and anchor, kept so that a long run can be interrupted.
+
+A cell is a list of pictures in a fixed order: prompts round and round, every time round with new seeds. The same seeds
+serve every method and model, so differences between cells are differences of the same pictures. The order does not
+depend on how many are wanted: more pictures later go on where a shorter run stopped.
+
+Painting costs hours and judging seconds, so pictures are kept (one PNG strip a batch, with what it cost as text inside)
+and read again by whatever judge there is. A folder belongs to one state of model file, settings, prompt list and method
+code, all of them hashed into its name.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import os
+import statistics
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, PngImagePlugin
+
+from . import ROOT, Options, commit, measures, rareshapes
+from .generate import Methods, Painter, Settings
+from .rareshapes import RarePrompt
+
+BATCH = 32  # pictures a file and a batch: a process that is ended loses at most these
+CODE = ("guidance/*.py", "host/patch.py", "host/run.py", "host/conds.py", "bench/generate.py", "bench/rareshapes.py")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What the pictures have in common. ``method`` is the key of a row, ``anchor`` a strategy, '' for none."""
+
+    category: str
+    split: str
+    method: str
+    anchor: str = ""
+    cfg: float = 5.0
+    n: int = 512
+
+    @property
+    def key(self) -> str:
+        """Name of the folder. It does not hold ``n``: a larger table goes on with the pictures of a smaller one."""
+        parts = (self.category, self.split, f"cfg{self.cfg:g}", self.method, self.anchor)
+        return "_".join(p.replace(" ", "-") for p in parts if p)
+
+    def prompt(self, i: int) -> RarePrompt:
+        """Of the i-th picture."""
+        prompts = rareshapes.prompts(self.category, self.split)
+        return prompts[i % len(prompts)]
+
+    def seed(self, i: int) -> int:
+        """Of the i-th picture: a function of its prompt and of how often the prompt came before."""
+        repeat = i // len(rareshapes.prompts(self.category, self.split))
+        return zlib.crc32(f"{self.prompt(i).text}, {repeat}".encode())
+
+    @property
+    def prompts(self) -> list[RarePrompt]:
+        return [self.prompt(i) for i in range(self.n)]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One batch of a cell, pictures ``first`` to ``last`` (exclusive)."""
+
+    cell: Cell
+    methods: Methods | None
+    first: int
+    last: int
+
+
+def jobs(cell: Cell, methods: Methods | None) -> list[Job]:
+    return [Job(cell, methods, first, min(first + BATCH, cell.n)) for first in range(0, cell.n, BATCH)]
+
+
+def code_digest() -> str:
+    """Of what decides a picture besides model and settings, without comments and layout."""
+    trees = [ast.dump(ast.parse(f.read_text(encoding="utf-8"))) for p in CODE for f in sorted(ROOT.glob(p))]
+    return hashlib.sha256("\n".join(trees).encode()).hexdigest()
+
+
+@contextmanager
+def workplace(options: Options) -> Iterator[Path]:
+    """The folder of all stores: the one asked for, one that is thrown away for a quick run, or the user's cache."""
+    if options.work or not options.quick:
+        cache = os.environ.get("RUDDER_CACHE") or Path.home() / ".cache" / "rudder"
+        yield options.work or Path(cache) / "bench"
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+
+
+def open_store(work: Path, file: Path, options: Options) -> Store:
+    """The store of a model file at its own settings; 6 steps when quick."""
+    painter = Painter(file)
+    return Store(work, painter, replace(painter.settings, steps=6) if options.quick else painter.settings)
+
+
+class Store:
+    """The pictures of one model under one state of settings and code."""
+
+    def __init__(self, work: Path, painter: Painter, settings: Settings):
+        """``settings`` without its cfg, which is the cell's."""
+        self.painter, self.settings = painter, settings
+        state = asdict(settings) | {"cfg": None, "list": rareshapes.digest(), "code": code_digest()}
+        self.state = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:12]
+        self.folder = work / f"{painter.digest}-{self.state}"
+
+    def file(self, job: Job) -> Path:
+        return self.folder / job.cell.key / f"{job.first:05d}-{job.last:05d}.png"
+
+    def missing(self, all_jobs: Sequence[Job]) -> list[Job]:
+        return [job for job in all_jobs if not self.file(job).is_file()]
+
+    def paint(self, job: Job) -> float:
+        """Make one batch and keep it. Returns the seconds that it took."""
+        begun = time.perf_counter()
+        index = range(job.first, job.last)
+        prompts = [job.cell.prompt(i) for i in index]
+        seeds = [job.cell.seed(i) for i in index]
+        anchors = [p.anchors[job.cell.anchor] for p in prompts] if job.cell.anchor else ()
+        settings = replace(self.settings, cfg=job.cell.cfg)
+        made = self.painter.paint([p.text for p in prompts], seeds, anchors, job.methods, settings)
+        about = {"prompts": [p.text for p in prompts], "anchors": list(anchors), "seeds": seeds,
+                 "model": self.painter.name, "settings": asdict(settings), "method": job.cell.method,
+                 "commit": commit(), "evaluations": made.evaluations, "seconds": made.seconds}
+        text = PngImagePlugin.PngInfo()
+        text.add_text("rudder", json.dumps(about))
+        file = self.file(job)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        half = file.with_suffix(f".{os.getpid()}.part")
+        Image.fromarray(np.concatenate(list(made.images), axis=1)).save(half, "png", pnginfo=text)
+        half.rename(file)  # never a half-written batch
+        return time.perf_counter() - begun
+
+    def read(self, cell: Cell) -> tuple[np.ndarray, list[dict]]:
+        """The cell's pictures uint8 ``[n, 64, 64, 3]`` and what each of its batches says about itself."""
+        images, about = [], []
+        for job in jobs(cell, None):
+            with Image.open(self.file(job)) as strip:
+                pixels = np.asarray(strip.convert("RGB"))
+                about.append(json.loads(strip.text["rudder"]))
+            images += np.split(pixels, job.last - job.first, axis=1)
+        return np.stack(images), about
+
+    def scores(self, cell: Cell, judge: Callable, tag: str) -> Scores:
+        """The cell as ``judge`` reads it; remembered under the ``tag`` of that judge."""
+        file = self.folder / cell.key / f"scores-{tag}-{cell.n}.json"
+        if not file.is_file():
+            images, about = self.read(cell)
+            found = asdict(score(images, cell.prompts, judge)) | {
+                "evaluations": statistics.fmean(batch["evaluations"] for batch in about),
+                "seconds": statistics.median(batch["seconds"] for batch in about)}
+            half = file.with_suffix(f".{os.getpid()}.part")
+            half.write_text(json.dumps(found) + "\n", encoding="utf-8")
+            half.rename(file)
+        return Scores(**json.loads(file.read_text(encoding="utf-8")))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a judge says of the n pictures of a cell, as lists of length n.
+
+    Attributes:
+        prompts: their texts, the clusters of intervals.
+        right: 1 where everything that the prompt's ``success`` names is right, else 0.
+        parts: 1, 0 or nan for each field of the judge's score.
+        saturation: 0..1 (``measures.saturation``).
+        diversity: mean over prompts of ``measures.diversity`` of their pictures' features; None when none has two.
+        evaluations, seconds: for each picture; seconds are the median over batches.
+    """
+
+    prompts: list[str]
+    right: list[float]
+    parts: dict[str, list[float]]
+    saturation: list[float]
+    diversity: float | None
+    evaluations: float = float("nan")
+    seconds: float = float("nan")
+
+
+def score(images: np.ndarray, prompts: Sequence[RarePrompt], judge: Callable) -> Scores:
+    """Judge pictures uint8 ``[n, 64, 64, 3]`` by what their prompts count as success."""
+    pictures = torch.from_numpy(images).movedim(3, 1).float() / 255
+    reading = judge(pictures)
+    parts = {name: values.tolist() for name, values in reading.score([p.truth for p in prompts]).items()}
+    right = [float(all(parts[name][i] == 1 for name in p.success)) for i, p in enumerate(prompts)]
+    texts = [p.text for p in prompts]
+    groups = [[i for i, t in enumerate(texts) if t == text] for text in dict.fromkeys(texts)]
+    spread = [measures.diversity(reading.features[group]) for group in groups if len(group) > 1]
+    diversity = statistics.fmean(spread) if spread else None
+    return Scores(texts, right, parts, measures.saturation(pictures).tolist(), diversity)
+
+
+def digest_of_judge() -> str:
+    """Of the judge's weights and of how it reads them."""
+    from . import judge
+
+    content = judge.DEFAULT.read_bytes() + Path(judge.__file__).read_bytes()
+    return hashlib.sha256(content).hexdigest()[:12]
+
+
+def paint_all(work: Sequence[tuple[Store, Job]], shard: tuple[int, int], say: Callable = print) -> None:
+    """Paint what is missing of this shard's share; others may paint theirs at the same time."""
+    part, of = shard
+    mine = [(store, job) for i, (store, job) in enumerate(work) if i % of == part and store.missing([job])]
+    seconds = pictures = 0.0
+    for done, (store, job) in enumerate(mine):
+        if store.missing([job]):  # another process may have been quicker
+            seconds += store.paint(job)
+            pictures += job.last - job.first
+        if job is mine[-1][1] or mine[done + 1][1].cell != job.cell:
+            left = (len(mine) - done - 1) * seconds / (done + 1)
+            say(f"{store.painter.name} {job.cell.key}: {job.last} of {job.cell.n}; {pictures / max(seconds, 1e-9):.2f} "
+                f"pictures/s, about {left / 60:.0f} minutes left", flush=True)
