@@ -55,6 +55,7 @@ class AAPB(Guidance):
 
     title = "Rare Concept Blend (AAPB)"
     claims = frozenset({"blend of the positive with an anchor"})
+    rank = 5  # gamma* is right for the negative that is used in the end
 
     def prompts(self) -> Sequence[Branch]:
         return (self.anchor,)

@@ -47,6 +47,7 @@ class FixedBlend(Guidance):
 
     title = "Prompt Blend (fixed)"
     claims = frozenset({"blend of the positive with an anchor"})
+    rank = 3  # the calibrations of the negative see the plain pair
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -18,6 +18,21 @@ def cfg(cond: Tensor, uncond: Tensor, weight: float) -> Tensor:
     return uncond + (cond - uncond) * weight
 
 
+def require_guidance(title: str, setup: Setup, instead: str) -> None:
+    """Refuse a run without classifier-free guidance, where a method that shapes it could do nothing.
+
+    ``instead`` is a sentence: what to use on models that run at cfg 1.
+    """
+    if not setup.guided:
+        why = "the weight is 1 at every step" if setup.has_negative else "there is no negative"
+        raise GuidanceError(
+            f"{title}: it shapes classifier-free guidance and this run has none ({why}; the sampler's cfg is "
+            f"{setup.cfg:g}). Set cfg above 1 in the sampler with a negative (an empty prompt will do), and let no "
+            f"other node lower it to 1. Models with distilled guidance (Flux-dev, few-step models) run at cfg 1: "
+            f"{instead}"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class CFG(Guidance):
     """Replace the sampler's cfg by ``weight`` inside the window. 2 evaluations a step, 1 where the weight is 1."""
@@ -26,6 +41,7 @@ class CFG(Guidance):
 
     title = "Guidance Weight (CFG)"
     claims = frozenset({"guidance weight"})
+    rank = -1  # schedules and gates act on the weight that this sets
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,8 +12,19 @@ one executor (``host/run.py``) runs the whole plan at every step, in this order:
 6. ``term``       add to the estimate
 7. ``finish``     change the estimate
 
-Inside a stage methods run in wiring order (``rank`` moves a method later where the order matters). A method acts only
-while the noise level is inside its ``[start, end]`` window, so no method has to code that itself.
+Inside a stage methods run by ``rank``, and in wiring order inside a rank. Methods of which the order matters have
+different ranks or share a role in ``claims``, so the wiring never decides the result:
+
+    -1  the weight itself, other prompts to push from     CFG, Perp-Neg, extra negative
+     0  its course, who plays the positive                schedule, beta-CFG, R2F
+     1  where it is switched off                          interval
+     2  the negative's prediction, on the plain pair      TCFG, CFG-Zero*
+     3  the positive's prediction, also at weight 1       fixed blend
+     4  when guidance ends, with what is left without it  Adaptive Guidance
+     5  the guided blend; the push as a whole             AAPB; APG
+     6  the result                                        TAG
+
+A method acts only while the noise level is inside its ``[start, end]`` window, so no method has to code that itself.
 """
 
 from __future__ import annotations
@@ -91,6 +102,8 @@ class Step:
         index: position of ``sigma`` in ``sigmas``, 0 .. N - 1. A solver's inner evaluation belongs to the interval
             that it falls in.
         weight: the guidance weight after the ``scale`` stage; 1 means no guidance.
+        plain: the predictions as the model gave them, None until they exist.
+        preds: the predictions after the ``refine`` stage, for the stages that follow it.
         parametrisation: what sigma means.
         generator: CPU generator of this run, seeded with the run's seed.
     """
@@ -102,6 +115,8 @@ class Step:
     index: int
     parametrisation: Parametrisation
     weight: float = 1.0
+    plain: Predictions | None = None
+    preds: Predictions | None = None
     generator: torch.Generator | None = None
     percent_to_sigma: Callable[[float], float] = float
     states: dict[int, dict] = field(default_factory=dict)
@@ -127,6 +142,14 @@ class Step:
     def within(self, start: float, end: float) -> bool:
         """Whether sigma lies in the window of timestep percents, both ends included, as the host's own ranges."""
         return self.percent_to_sigma(end) <= self.level <= self.percent_to_sigma(start)
+
+    def percent_of(self, sigma: float) -> float:
+        """Where ``sigma`` lies on the model's timesteps, 0 (pure noise) .. 1 (clean): ``percent_to_sigma`` inverted."""
+        low, high = 0.0, 1.0
+        for _ in range(24):  # halvings: 6e-8, and the run remembers every point that it was asked for
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.percent_to_sigma(middle) > sigma else (low, middle)
+        return high
 
     def log(self, **values: float | Tensor) -> None:
         """Record quantities of this step for the trace; free when nobody traces."""

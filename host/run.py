@@ -216,9 +216,10 @@ class Run:
         plan = self.active(step)
         step.weight = self.weight(step, plan, float(guider.cfg))
         plain_preds, roles = self.evaluate(guider, step, plan, options)
-        preds = plain_preds
+        step.plain = preds = plain_preds
         for method in plan:
             preds = method.refine(step, preds)
+        step.preds = preds
         x0 = self.combine(guider, step, plan, preds, roles, options)
         self.record(step, plain_preds, preds)
         return x0

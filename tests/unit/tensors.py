@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from hypothesis import strategies as st
 
-from rudder.guidance.contract import Guidance, Predictions, Prompt, Setup, Step
+from rudder.guidance.contract import Guidance, Predictions, Prompt, Setup, Step, overrides
 from rudder.guidance.space import Parametrisation
 
 KINDS = list(Parametrisation)
@@ -56,3 +58,32 @@ def guided(method: Guidance, step: Step, cond: torch.Tensor, uncond: torch.Tenso
     given = {branch: extra["anchor"]} if extra else {}
     preds = method.refine(step, Predictions(cond, uncond, given))
     return preds.cond if preds.uncond is None else preds.uncond + (preds.cond - preds.uncond) * step.weight
+
+
+def at(x: torch.Tensor, index: int = 3, **options) -> Step:
+    """A step whose latent is ``x``."""
+    now = step(index, **options)
+    return replace(now, x=x, sigma=torch.full((len(x),), now.level, dtype=x.dtype))
+
+
+def run_step(step: Step, preds: Predictions, *methods: Guidance) -> torch.Tensor:
+    """The x0 of ``methods`` on given predictions, by the stages of ``host/run.py`` in its order."""
+    plan = sorted(methods, key=lambda method: method.rank)
+    step.plain = preds
+    for method in plan:
+        preds = method.refine(step, preds)
+    step.preds = preds
+    cond, uncond = preds.cond, preds.uncond
+    x0 = cond if uncond is None else uncond + (cond - uncond) * step.weight
+    directions = [method for method in plan if overrides(method, "direction")]
+    if directions and uncond is not None:
+        delta = cond - uncond
+        for method in directions:
+            delta = method.direction(step, delta)
+        x0 = cond + (step.weight - 1) * delta
+    for method in plan:
+        added = method.term(step, preds)
+        x0 = x0 if added is None else x0 + added
+    for method in plan:
+        x0 = method.finish(step, x0)
+    return x0
