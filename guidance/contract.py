@@ -146,10 +146,10 @@ class Step:
     def percent_of(self, sigma: float) -> float:
         """Where ``sigma`` lies on the model's timesteps, 0 (pure noise) .. 1 (clean): ``percent_to_sigma`` inverted."""
         low, high = 0.0, 1.0
-        for _ in range(24):  # halvings: 6e-8, and the run remembers every point that it was asked for
+        for _ in range(24):  # halvings, and the run remembers every point that it was asked for
             middle = (low + high) / 2
             low, high = (middle, high) if self.percent_to_sigma(middle) > sigma else (low, middle)
-        return high
+        return round(high, 6)
 
     def log(self, **values: float | Tensor) -> None:
         """Record quantities of this step for the trace; free when nobody traces."""

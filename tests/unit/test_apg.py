@@ -24,7 +24,8 @@ NEUTRAL = APG(eta=1.0, threshold=0.0, momentum=0.0)
 @given(predictions(3), weights)
 def test_neutral_settings_are_cfg_at_the_same_weight(tensors, weight):
     x, cond, uncond = tensors
-    close(run_step(at(x, weight=weight), Predictions(cond, uncond), NEUTRAL), cfg(cond, uncond, weight), rtol=0, atol=1e-11)
+    result = run_step(at(x, weight=weight), Predictions(cond, uncond), NEUTRAL)
+    close(result, cfg(cond, uncond, weight), rtol=0, atol=1e-11)
 
 
 @given(predictions(2), etas)
@@ -103,7 +104,8 @@ def test_what_it_records():
 @pytest.mark.parametrize(
     ("fields", "says"),
     [({"eta": -0.1}, "eta"), ({"eta": math.nan}, "eta"), ({"threshold": -1.0}, "norm_threshold"),
-     ({"threshold": math.nan}, "norm_threshold"), ({"momentum": 1.0}, "momentum"), ({"momentum": math.nan}, "momentum")],
+     ({"threshold": math.nan}, "norm_threshold"), ({"momentum": 1.0}, "momentum"),
+     ({"momentum": math.nan}, "momentum")],
 )
 def test_values_out_of_range_are_refused(fields, says):
     with pytest.raises(GuidanceError, match=says):
