@@ -33,7 +33,9 @@ from .generate import Methods, Painter, Settings
 from .rareshapes import RarePrompt
 
 BATCH = 32  # pictures a file and a batch: a process that is ended loses at most these
-CODE = ("guidance/*.py", "host/patch.py", "host/run.py", "host/conds.py", "bench/generate.py", "bench/rareshapes.py")
+#: What decides a picture besides model and settings. The file of every method of a row is among them.
+CODE = ("guidance/contract.py", "guidance/space.py", "guidance/blend.py", "guidance/aapb.py", "guidance/r2f.py",
+        "host/patch.py", "host/run.py", "host/conds.py", "host/demo.py", "bench/generate.py")
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,8 @@ def jobs(cell: Cell, methods: Methods | None) -> list[Job]:
 
 
 def code_digest() -> str:
-    """Of what decides a picture besides model and settings, without comments and layout."""
-    trees = [ast.dump(ast.parse(f.read_text(encoding="utf-8"))) for p in CODE for f in sorted(ROOT.glob(p))]
+    """Of CODE, without comments and layout."""
+    trees = [ast.dump(ast.parse((ROOT / file).read_text(encoding="utf-8"))) for file in CODE]
     return hashlib.sha256("\n".join(trees).encode()).hexdigest()
 
 

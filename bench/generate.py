@@ -91,8 +91,9 @@ class Painter:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the file, 12 hex digits."""
-        return hashlib.sha256(self.file.read_bytes()).hexdigest()[:12]
+        """SHA-256 of the file and of the autoencoder beside it, 12 hex digits."""
+        both = self.file.read_bytes() + self.file.with_name(demo_host.AUTOENCODER).read_bytes()
+        return hashlib.sha256(both).hexdigest()[:12]
 
     @cached_property
     def parametrisation(self) -> Parametrisation:

@@ -1,0 +1,246 @@
+"""RareShapes: how often rare combinations come out right, by method, model, category and anchor.
+
+The structure follows the AAPB paper (arXiv 2603.19158): its RareBench table by category, its ablation of a constant
+gamma, and its choice of anchors. Every method runs at its paper's defaults; nothing here is tuned on what it measures.
+
+    python3 dev.py bench rare --split final --threads 1                 # the published table; again to go on
+    python3 dev.py bench rare --split final --threads 1 --shard 0/2     # and 1/2 beside it; then once without
+
+A table is made of whatever cells are painted; what is missing is named below it. The most important are painted first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rudder.guidance.aapb import AAPB
+from rudder.guidance.blend import FixedBlend
+from rudder.guidance.contract import Guidance, Prompt
+from rudder.guidance.r2f import R2F, stop_fraction
+from rudder.guidance.space import Parametrisation
+
+from . import Options, Table, cells, rareshapes
+from .cells import Cell, Scores, Store
+from .generate import Methods, files
+from .stats import Interval, difference, mean_interval
+
+AIM = 8.0  # points of AAPB above R2F, averaged over the rare categories
+RARE = ("property", "never", "texture", "relation", "two-object")
+GAMMAS = tuple(round(0.1 * k, 1) for k in range(1, 10))
+GAMMAS_ELSEWHERE = (0.2, 0.4, 0.6)  # where no sweep runs
+
+#: R2F's visual detail level, by its rubric: 3 is parts such as horns, which the world's attributes are; 4 is texture; 2
+#: is action, the nearest to a relation. Of the family's table: SDXL's suits epsilon prediction, SD3's rectified flow.
+LEVEL = {"texture": 4, "relation": 2}
+FAMILY = {Parametrisation.EPS: "SDXL", Parametrisation.FLOW: "SD3"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method of the table. ``methods``: what is wired on the MODEL, from the anchor, the category and what the model
+    predicts; None for nothing."""
+
+    name: str
+    methods: Callable[[Prompt, str, Parametrisation], tuple[Guidance, ...]] | None = None
+
+    def on(self, category: str, kind: Parametrisation) -> Methods | None:
+        return (lambda anchor: self.methods(anchor, category, kind)) if self.methods else None
+
+
+def _r2f(level: int | None = None) -> Callable:
+    def methods(anchor: Prompt, category: str, kind: Parametrisation) -> tuple[Guidance, ...]:
+        stop = stop_fraction(level or LEVEL.get(category, 3), family=FAMILY.get(kind, "SD3"))
+        return (R2F(frequent=anchor, stop=stop),)
+
+    return methods
+
+
+#: Every row of the table by its key. A new method is one more line, and its key in `plan`.
+ROWS: dict[str, Row] = {
+    "cfg": Row("CFG"),
+    **{f"blend-{g}": Row(f"fixed blend {g}", lambda a, *_, g=g: (FixedBlend(anchor=a, gamma=g),)) for g in GAMMAS},
+    **{f"r2f-{level}": Row(f"R2F, level {level}", _r2f(level)) for level in range(1, 6)},
+    "r2f": Row("R2F", _r2f()),
+    "aapb": Row("AAPB", lambda a, *_: (AAPB(anchor=a),)),
+    "aapb-unclamped": Row("AAPB, unclamped", lambda a, *_: (AAPB(anchor=a, clamp=False),)),
+}
+COMPARED = ("r2f", "aapb", "aapb-unclamped")
+
+
+def blends(gammas: Iterable[float]) -> tuple[str, ...]:
+    return tuple(f"blend-{g}" for g in gammas)
+
+
+def plan(quick: bool) -> list[tuple[str, str, str]]:
+    """(category, method, anchor) of every cell, the most important first."""
+    if quick:
+        wanted = [("property", ("cfg",), ""), ("property", (*COMPARED, *blends((0.2, 0.8))), "superclass"),
+                  ("frequent", ("cfg",), ""), ("frequent", ("r2f", "aapb"), "superclass"),
+                  ("property", ("aapb",), "harmful")]
+    else:
+        wanted = [(category, methods, anchor) for category in rareshapes.CATEGORIES
+                  for methods, anchor in ((("cfg",), ""), (COMPARED, "superclass"))]
+        wanted.append(("property", blends(GAMMAS), "superclass"))
+        wanted += [(c, blends(GAMMAS_ELSEWHERE), "superclass") for c in rareshapes.CATEGORIES if c != "property"]
+        wanted += [(c, COMPARED, anchor) for anchor in ("noun", "harmful", "random") for c in ("property", "never")]
+        wanted.append(("property", blends(GAMMAS), "noun"))
+        wanted.append(("property", tuple(f"r2f-{level}" for level in (1, 2, 4, 5)), "superclass"))
+    return [(category, method, anchor) for category, methods, anchor in wanted for method in methods]
+
+
+# ---------------------------------------------------------------- what was found
+
+@dataclass(frozen=True)
+class Found:
+    """The scores of every painted cell, by (model, category, method, anchor)."""
+
+    scores: dict[tuple[str, str, str, str], Scores]
+
+    def get(self, model: str, category: str, method: str, anchor: str = "superclass") -> Scores | None:
+        return self.scores.get((model, category, method, anchor if method != "cfg" else ""))
+
+    def best_blend(self, model: str, category: str, anchor: str = "superclass") -> str | None:
+        """The key of the constant gamma that is most often right on these very pictures, which flatters it."""
+        tried = {m: np.mean(s.right) for (k, c, m, a), s in self.scores.items()
+                 if (k, c, a) == (model, category, anchor) and m.startswith("blend-")}
+        return max(tried, key=tried.get, default=None)
+
+    def other(self, model: str, category: str, key: str, anchor: str) -> Scores | None:
+        """What a method is compared with: 'cfg', 'r2f', or 'blend' for the best constant gamma."""
+        method = self.best_blend(model, category, anchor) if key == "blend" else key
+        return self.get(model, category, method, anchor) if method else None
+
+
+def points(values: Sequence[float], clusters: Sequence[str]) -> Interval:
+    """Mean with its interval in percent; the generator is fixed so that a table can be made again."""
+    return mean_interval(values, clusters, np.random.default_rng(0)) * 100
+
+
+def above(pairs: Sequence[tuple[Scores, Scores]]) -> Interval:
+    """How much more often the first is right than the second, in points, over the same pictures of all categories."""
+    a, b = ([x for pair in pairs for x in pair[i].right] for i in (0, 1))
+    labels = [f"{k}: {text}" for k, pair in enumerate(pairs) for text in pair[0].prompts]
+    return difference(a, b, labels, np.random.default_rng(0)) * 100
+
+
+OTHERS = {"cfg": "above CFG", "r2f": "above R2F", "blend": "above the best fixed blend"}
+
+
+def summary_row(found: Found, model: str, method: str) -> dict | None:
+    """A method with the superclass anchor: every category, and their average where all rare ones are painted."""
+    of = {c: s for c in rareshapes.CATEGORIES if (s := found.get(model, c, method))}
+    if not of:
+        return None
+    row = {"model": model, "method": ROWS[method].name}
+    row |= {c: points(s.right, s.prompts) for c, s in of.items()}
+    rare = {c: of[c] for c in RARE if c in of}
+    every = [c for c in RARE if found.get(model, c, "cfg")]
+    if rare and list(rare) == every:
+        row["average"] = points([x for s in rare.values() for x in s.right],
+                                [f"{c}: {t}" for c, s in rare.items() for t in s.prompts])
+        for key in OTHERS:
+            pairs = [(s, o) for c, s in rare.items() if (o := found.other(model, c, key, "superclass"))]
+            if key != method and len(pairs) == len(rare) and not (key == "blend" and method.startswith("blend-")):
+                row[f"above {key}"] = above(pairs)
+    row |= {key: float(np.mean([getattr(s, key) for s in of.values()])) for key in ("evaluations", "seconds")}
+    return row
+
+
+SUMMARY = {"model": ("model", ""), "method": ("method", ""), "average": ("average of rare", ".1f"),
+           **{f"above {key}": (heading, "+.1f") for key, heading in OTHERS.items()},
+           **{c: (c, ".1f") for c in rareshapes.CATEGORIES},
+           "evaluations": ("evaluations a picture", ".0f"), "seconds": ("s a picture", ".2f")}
+
+
+def cell_row(found: Found, key: tuple[str, str, str, str]) -> dict:
+    model, category, method, anchor = key
+    scores = found.scores[key]
+    row = {"model": model, "category": category, "method": ROWS[method].name, "anchor": anchor or "none",
+           "n": len(scores.right), "accuracy": points(scores.right, scores.prompts)}
+    row |= {part: 100 * float(np.nanmean(scores.parts[part])) for part in PARTS
+            if part in scores.parts and not np.isnan(scores.parts[part]).all()}
+    for other in OTHERS:
+        against = found.other(model, category, other, anchor or "superclass")
+        if against and against is not scores and method != "cfg":
+            row[f"above {other}"] = above([(scores, against)])
+    row |= {"saturation": float(np.mean(scores.saturation)), "evaluations": scores.evaluations,
+            "seconds": scores.seconds}
+    return row | ({"diversity": scores.diversity} if scores.diversity is not None else {})
+
+
+PARTS = ("shape", "attribute", "texture", "relation", "color", "count")
+CELLS = {"model": ("model", ""), "category": ("category", ""), "method": ("method", ""), "anchor": ("anchor", ""),
+         "n": ("pictures", "d"), "accuracy": ("right, %", ".1f"), **{p: (f"{p}, %", ".1f") for p in PARTS},
+         **{f"above {key}": (heading, "+.1f") for key, heading in OTHERS.items()},
+         "saturation": ("saturation", ".3f"), "diversity": ("diversity", ".3f"),
+         "evaluations": ("evaluations a picture", ".0f"), "seconds": ("s a picture", ".2f")}
+
+
+# ---------------------------------------------------------------- the table
+
+def main(options: Options) -> Table:
+    from . import judge
+
+    reader, tag = judge.load(), cells.digest_of_judge()
+    n = options.n or (8 if options.quick else 512)
+    with cells.workplace(options) as work:
+        stores = [cells.open_store(work, file, options) for file in files(options.models)]
+        todo = [(store, Cell(category, options.split, method, anchor, store.settings.cfg, n))
+                for category, method, anchor in plan(options.quick) for store in stores]
+        cells.paint_all([(store, job) for store, cell in todo for job in
+                         cells.jobs(cell, ROWS[cell.method].on(cell.category, store.painter.parametrisation))],
+                        options.shard)
+        ready = [(s, cell) for s, cell in todo if not s.missing(cells.jobs(cell, None))]
+        found = Found({(s.painter.name, c.category, c.method, c.anchor): s.scores(c, reader, tag) for s, c in ready})
+        sheets = {s.painter.name: sheet(s, [c for o, c in ready if o is s]) for s in stores}
+    return table(found, options, n, stores, len(todo), sheets)
+
+
+def table(found: Found, options: Options, n: int, stores: Sequence[Store], wanted: int, sheets: dict) -> Table:
+    from . import rareplots
+
+    models = [store.painter.name for store in stores]
+    rows = [row for model in models for key in ROWS if (row := summary_row(found, model, key))]
+    out = Table("rare" if options.split == "final" else "rare-dev", "RareShapes: rare combinations that come out right",
+                SUMMARY, rows, notes(found, rows, options, n, stores, wanted))
+    out.parts = [Table(f"{out.name}-cells", "Every cell", CELLS, [cell_row(found, key) for key in found.scores])]
+    out.plots = rareplots.all_plots(found, models, sheets)
+    return out
+
+
+def sheet(store: Store, ready: Sequence[Cell], columns: int = 12) -> dict[str, np.ndarray]:
+    """The first pictures of the property cells with the superclass anchor, by the method's name: the same prompts and
+    seeds in every row; and under 'prompts' their texts."""
+    mine = {c.method: c for c in ready if c.category == "property" and c.anchor in ("", "superclass")}
+    shown = [m for m in ("cfg", "blend-0.2", "blend-0.4", "blend-0.8", *COMPARED) if m in mine]
+    out = {ROWS[m].name: store.read(mine[m])[0][:columns] for m in shown}
+    return out | {"prompts": [p.text for p in mine[shown[0]].prompts[:columns]]} if shown else {}
+
+
+def notes(found: Found, rows: list[dict], options: Options, n: int, stores: Sequence[Store], wanted: int) -> list[str]:
+    out = [
+        f"{n} pictures a cell, the same prompts and seeds in every cell of a category, the half '{options.split}' of "
+        f"the list {rareshapes.digest()}. Right: what the category asks for (rareshapes.py), as the judge reads it, in "
+        "%. Intervals: 95 % bootstrap, clustered by prompt; differences are of the same pictures, in points.",
+        *(f"{s.painter.name} ({s.painter.digest}): {s.settings.sampler}, {s.settings.scheduler}, {s.settings.steps} "
+          f"steps, cfg {s.settings.cfg:g}; R2F alternates by the {FAMILY.get(s.painter.parametrisation, 'SD3')} table."
+          for s in stores),
+        "Above: the summary is with the superclass anchor; the average is over " + ", ".join(RARE) + ", where they are "
+        "painted. R2F's level is 3, in texture 4, in relation 2. The best fixed blend is chosen on these very pictures "
+        f"among all gammas in property, and among {', '.join(map(str, GAMMAS_ELSEWHERE))} elsewhere: that favours it.",
+    ]
+    for row in rows:
+        if row["method"] == ROWS["aapb"].name and not options.quick:
+            for key, aim in (("r2f", AIM), ("blend", 0.0)):
+                if f"above {key}" in row:
+                    gain = row[f"above {key}"]
+                    out.append(f"Aim: AAPB {OTHERS[key]} by at least {aim:g} points; {row['model']}: {gain:+.1f}, "
+                               f"{'met' if gain.value >= aim else 'NOT MET'}.")
+    hours = sum(s.seconds * len(s.right) for s in found.scores.values()) / 3600
+    out.append(f"Sampling took {hours:.2f} hours in all, on one process; the wall time below is this run's alone.")
+    if wanted > len(found.scores):
+        out.append(f"{wanted - len(found.scores)} of {wanted} cells are not painted yet: run the command again.")
+    return out
