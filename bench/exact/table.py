@@ -103,7 +103,7 @@ class Plan:
     """
 
     batches: int = 12
-    size: int = 512
+    size: int = 256
     steps: int = 50
     weights: tuple[float, ...] = WEIGHTS
     shown: float = 7.5
