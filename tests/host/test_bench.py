@@ -8,13 +8,20 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from rudder import bench
-from rudder.bench import cost
+from rudder.bench import calibrate, cells, cost, generate, rare, rareshapes
+from rudder.guidance.blend import FixedBlend
+from rudder.guidance.contract import Prompt
+from rudder.guidance.space import Parametrisation
+from rudder.host import demo as demo_host
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,8 +58,6 @@ def test_evaluations_are_counted_and_as_predicted(quick):
 
 
 def test_every_method_of_the_pack_has_a_row():
-    from rudder.guidance.contract import Prompt
-
     methods = {type(method).__name__ for row in cost.ROWS for method in row.methods(Prompt([], "anchor"))}
     assert methods == {"AAPB", "CFG", "FixedBlend", "LimitedInterval", "R2F", "Trace"}
 
@@ -81,3 +86,311 @@ def test_bad_input_is_explained():
     assert "COMFYUI_PATH; `python3 dev.py bench` sets it" in command("cost", "--quick", COMFYUI_PATH="/nowhere").stderr
     unknown = command("costs")
     assert unknown.returncode == 2 and "invalid choice: 'costs'" in unknown.stderr
+
+# ---------------------------------------------------------------- pictures, cells and the tables made of them
+
+VAE = {"embed_dim": 16, "ddconfig": {
+    "double_z": True, "z_channels": 16, "resolution": 64, "in_channels": 3, "out_ch": 3, "ch": 32,
+    "ch_mult": [1, 1, 1], "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0,
+}}  # fmt: skip
+TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
+        "hidden_act": "quick_gelu", "max_position_embeddings": 24, "layer_norm_eps": 1e-5}  # fmt: skip
+NETWORKS = {
+    "unet": cost.TINY | {"in_channels": 16, "out_channels": 16},
+    "flux": {"image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "vec_in_dim": 32,
+             "context_in_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2.0, "depth": 1,
+             "depth_single_blocks": 1, "axes_dim": [4, 6, 6], "theta": 10000, "qkv_bias": True,
+             "guidance_embed": False, "txt_ids_dims": []},
+}  # fmt: skip
+
+
+def random_weights(module: torch.nn.Module, prefix: str) -> dict[str, torch.Tensor]:
+    """What a safetensors file holds of a module: norms pass, matrices keep the size of what they multiply, and those
+    that bring in the text are larger, so that prompts matter."""
+    generator, out = torch.Generator().manual_seed(0), {}
+    for name, value in module.state_dict().items():
+        if value.ndim < 2:
+            out[prefix + name] = torch.ones(value.shape) if name.endswith("weight") else torch.zeros(value.shape)
+        else:
+            gain = 3.0 if any(part in name for part in ("attn2", "txt", "embedding")) else 1.0
+            out[prefix + name] = gain / value[0].numel() ** 0.5 * torch.randn(value.shape, generator=generator)
+    return out
+
+
+@pytest.fixture(scope="module")
+def demo_files(tmp_path_factory) -> dict[str, Path]:
+    """Demo files of both kinds, tiny and untrained, with the world's own tokenizer."""
+    from comfy.ldm.models.autoencoder import AutoencoderKL
+
+    from rudder.demo import tokenizer
+
+    folder = tmp_path_factory.mktemp("models")
+    vocabulary = json.loads((tokenizer.FOLDER / "vocab.json").read_text(encoding="utf-8"))
+    text = TEXT | {"vocab_size": len(vocabulary), "bos_token_id": vocabulary[tokenizer.START],
+                   "eos_token_id": vocabulary[tokenizer.END]}
+
+    def save(name: str, config: dict, weights: dict) -> Path:
+        file = folder / name
+        save_file({k: v.half().contiguous() for k, v in weights.items()}, str(file), {"rudder": json.dumps(config)})
+        return file
+
+    with torch.inference_mode(False):
+        save(demo_host.AUTOENCODER, {"vae": VAE}, random_weights(AutoencoderKL(**VAE), ""))
+        files = {}
+        for kind, network in NETWORKS.items():
+            config = {kind: network, "text": text, "latent": {"mean": [0.0] * 16, "std": [1.0] * 16}}
+            weights = random_weights(demo_host.base_model(config).diffusion_model, f"{kind}.")
+            weights |= random_weights(demo_host.text_class(text)().clip_l.transformer, "text.clip_l.transformer.")
+            weights["text.clip_l.logit_scale"] = torch.tensor(4.6)
+            files[kind] = save(f"shapes-{kind}.safetensors", config, weights)
+    return files
+
+
+@pytest.fixture(scope="module", params=list(NETWORKS))
+def painter(request, demo_files) -> generate.Painter:
+    with torch.inference_mode():
+        return generate.Painter(demo_files[request.param])
+
+
+TEXTS = ["a spiky red crescent", "a red circle left of a blue square", "a dotted teal star"]
+ANCHORS = ["a spiky red shape", "a red shape left of a blue square", "a dotted teal shape"]
+FEW = generate.Settings(steps=4, scheduler="simple")
+
+
+def close(a: np.ndarray, b: np.ndarray) -> bool:
+    """The same picture, but for rounding in another order."""
+    return int(np.abs(a.astype(int) - b.astype(int)).max()) <= 2
+
+
+def test_noise_is_of_each_row_alone():
+    one, two = generate.noise([5], (4, 3, 3)), generate.noise([7, 5], (4, 3, 3))
+    assert torch.equal(one[0], two[1]) and not torch.equal(two[0], two[1])
+
+
+@pytest.mark.parametrize("key", ["cfg", "blend-0.4", "r2f", "aapb", "aapb-unclamped"])
+def test_a_picture_does_not_depend_on_its_batch(painter, key):
+    methods = rare.ROWS[key].on("property", painter.parametrisation)
+    anchors = ANCHORS if methods else ()
+    batch = painter.paint(TEXTS, [1, 2, 3], anchors, methods, FEW)
+    turned = painter.paint(TEXTS[::-1], [3, 2, 1], anchors[::-1], methods, FEW)
+    alone = painter.paint(TEXTS[1:2], [2], anchors[1:2], methods, FEW)
+    assert batch.images.shape == (3, 64, 64, 3) and batch.images.dtype == np.uint8
+    assert close(batch.images, turned.images[::-1]) and close(batch.images[1:2], alone.images)
+    assert batch.evaluations == alone.evaluations == FEW.steps * (2 if key in ("cfg", "r2f") else 3)
+
+
+def test_prompts_seeds_and_anchors_all_reach_their_row(painter):
+    methods = rare.ROWS["blend-0.5"].on("property", painter.parametrisation)
+
+    def paint(texts, seeds, anchors) -> np.ndarray:
+        return painter.paint(texts, seeds, anchors, methods, FEW).images
+
+    base = paint(TEXTS[:2], [1, 2], ANCHORS[:2])
+    for other in (paint(TEXTS[::2], [1, 2], ANCHORS[:2]), paint(TEXTS[:2], [1, 3], ANCHORS[:2]),
+                  paint(TEXTS[:2], [1, 2], ANCHORS[::2])):
+        assert close(base[:1], other[:1]) and not close(base[1:], other[1:])
+
+
+def test_methods_that_say_nothing_new_give_plain_guidance(painter):
+    """The blend at 0 is CFG of the target, at 1 CFG of the anchor; so the anchors are stacked in the right order."""
+    plain = painter.paint(TEXTS, [1, 2, 3], settings=FEW)
+    anchored = painter.paint(ANCHORS, [1, 2, 3], settings=FEW)
+    for gamma, wanted in ((0.0, plain), (1.0, anchored)):
+        made = painter.paint(TEXTS, [1, 2, 3], ANCHORS, lambda a, g=gamma: (FixedBlend(anchor=a, gamma=g),), FEW)
+        assert close(made.images, wanted.images)
+
+
+def test_each_kind_of_model_has_its_schedule(demo_files):
+    kinds = {kind: generate.Painter(file) for kind, file in demo_files.items()}
+    assert kinds["unet"].settings.scheduler == "karras" and kinds["flux"].settings.scheduler == "simple"
+    assert {k: p.latent_shape for k, p in kinds.items()} == {"unet": (16, 16, 16), "flux": (16, 16, 16)}
+
+
+class Judge:
+    """Says that a picture is right when its red is bright; good enough to follow numbers through a table."""
+
+    def __call__(self, images: torch.Tensor) -> Judge:
+        self.images = images
+        self.features = images.mean((2, 3))
+        return self
+
+    def score(self, truth: list[dict]) -> dict[str, torch.Tensor]:
+        right = (self.features[:, 0] > self.features[:, 0].median()).float()
+        out = {key: right for t in truth for key in (*t["objects"][0], *t) if key != "objects"}
+        return out | {"all": right}
+
+
+@pytest.fixture
+def store(painter, tmp_path) -> cells.Store:
+    return cells.Store(tmp_path, painter, generate.Settings(steps=2, scheduler="simple"))
+
+
+CELL = cells.Cell("property", "dev", "aapb", "superclass", n=10)
+
+
+def work_of(store: cells.Store, cell: cells.Cell = CELL) -> list:
+    methods = rare.ROWS[cell.method].on(cell.category, store.painter.parametrisation)
+    return [(store, job) for job in cells.jobs(cell, methods)]
+
+
+def quiet(*_, **__) -> None: ...
+
+
+def test_an_interrupted_cell_goes_on_and_shards_share_it(store, monkeypatch):
+    monkeypatch.setattr(cells, "BATCH", 4)
+    work = work_of(store)
+    assert [(j.first, j.last) for _, j in work] == [(0, 4), (4, 8), (8, 10)]
+    cells.paint_all(work, (1, 2), quiet)
+    assert [j.first for _, j in work if store.missing([j])] == [0, 8]
+    kept = store.file(work[1][1]).stat().st_mtime_ns
+    cells.paint_all(work, (0, 2), quiet)
+    cells.paint_all(work, (0, 1), quiet)  # nothing left to do
+    assert not store.missing([j for _, j in work]) and store.file(work[1][1]).stat().st_mtime_ns == kept
+    images, about = store.read(CELL)
+    assert images.shape == (10, 64, 64, 3)
+    assert [t for a in about for t in a["prompts"]] == [p.text for p in CELL.prompts]
+    assert [s for a in about for s in a["seeds"]] == [CELL.seed(i) for i in range(10)]
+    whole = store.painter.paint([p.text for p in CELL.prompts], [CELL.seed(i) for i in range(10)],
+                                [p.anchors["superclass"] for p in CELL.prompts], work[0][1].methods,
+                                generate.Settings(steps=2, scheduler="simple"))
+    assert close(images, whole.images), "PNG loses nothing"
+
+
+def test_more_pictures_go_on_where_fewer_stopped_and_other_settings_do_not(store, monkeypatch):
+    monkeypatch.setattr(cells, "BATCH", 4)
+    cells.paint_all(work_of(store), (0, 1), quiet)
+    more = cells.Cell("property", "dev", "aapb", "superclass", n=14)
+    assert [j.first for j in store.missing([j for _, j in work_of(store, more)])] == [8, 12]
+    for other in (cells.Cell("property", "final", "aapb", "superclass", n=10),
+                  cells.Cell("property", "dev", "aapb", "noun", n=10),
+                  cells.Cell("property", "dev", "aapb", "superclass", cfg=3.0, n=10)):
+        assert len(store.missing([j for _, j in work_of(store, other)])) == 3
+    slower = cells.Store(store.folder.parent, store.painter, generate.Settings(steps=3, scheduler="simple"))
+    assert slower.folder != store.folder
+
+
+def test_scores_are_remembered_for_the_judge_that_gave_them(store):
+    cells.paint_all(work_of(store), (0, 1), quiet)
+    first = store.scores(CELL, Judge(), "one")
+    assert len(first.right) == len(first.saturation) == 10 and set(first.right) <= {0.0, 1.0}
+    assert first.evaluations == 6 and first.seconds > 0 and first.diversity is None  # ten prompts, one picture each
+    assert store.scores(CELL, None, "one") == first
+    with pytest.raises(TypeError):
+        store.scores(CELL, None, "another")
+
+
+def test_every_category_asks_for_what_it_names():
+    """A picture is right when all that its category counts is right, whatever else is wrong."""
+    class Reading:
+        features = torch.zeros(1, 2)
+
+        def __init__(self, wrong: str):
+            self.wrong = wrong
+
+        def score(self, truth: list[dict]) -> dict[str, torch.Tensor]:
+            said = {k for o in truth[0]["objects"] for k in o} | {"relation", "all", "count"}
+            return {key: torch.tensor([float(key != self.wrong)]) for key in said}
+
+    picture = np.zeros((1, 64, 64, 3), np.uint8)
+    for category, parts in rareshapes.SUCCESS.items():
+        prompt = rareshapes.prompts(category, "dev")[:1]
+        for wrong in ("shape", "attribute", "texture", "relation", "color", "count"):
+            found = cells.score(picture, prompt, lambda images, wrong=wrong: Reading(wrong))
+            assert found.right == [float(wrong not in parts)], (category, wrong)
+
+
+def test_seeds_follow_the_prompt_and_never_repeat():
+    cell = cells.Cell("texture", "dev", "cfg", n=512)
+    assert cell.prompt(0) == cell.prompt(32) and cell.seed(0) != cell.seed(32)
+    assert len({cell.seed(i) for i in range(512)}) == 512
+    assert cells.Cell("texture", "dev", "aapb", "noun").seed(40) == cell.seed(40), "the same pictures for every method"
+
+
+def test_whatever_decides_a_picture_is_in_the_name_of_its_folder():
+    for row in rare.ROWS.values():
+        for method in row.methods(Prompt([], "anchor"), "property", Parametrisation.EPS) if row.methods else ():
+            module = Path(sys.modules[type(method).__module__].__file__)
+            assert str(module.relative_to(ROOT)) in cells.CODE
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """A judge that needs no file, and settings that need no time."""
+    from rudder.bench import judge
+
+    monkeypatch.setattr(judge, "load", Judge)
+    monkeypatch.setattr(cells, "digest_of_judge", lambda: "stand-in")
+    for kind, settings in generate.SETTINGS.items():
+        monkeypatch.setitem(generate.SETTINGS, kind, replace(settings, steps=2))
+
+
+def test_the_rare_table(demo_files, stand_in, tmp_path):
+    options = bench.Options(models=tuple(map(str, demo_files.values())), n=2, quick=True, work=tmp_path / "work")
+    table = rare.main(options)
+    wanted = {(f"shapes-{kind}", c, rare.ROWS[m].name, a or "none")
+              for kind in demo_files for c, m, a in rare.plan(True)}
+    [part] = table.parts
+    assert {(r["model"], r["category"], r["method"], r["anchor"]) for r in part.rows} == wanted
+    for row in part.rows:
+        low, value, high = (getattr(row["accuracy"], k) for k in ("low", "value", "high"))
+        assert 0 <= low <= value <= high <= 100 and row["n"] == 2
+        assert row["evaluations"] == 6 * (2 if row["method"] in ("CFG", "R2F") else 3)
+    assert {r["method"] for r in table.rows} >= {"CFG", "R2F", "AAPB", "AAPB, unclamped", "fixed blend 0.2"}
+    aapb = next(r for r in table.rows if r["method"] == "AAPB")
+    assert {"above cfg", "above r2f", "above blend", "average", "property", "frequent"} <= set(aapb)
+    gain = aapb["average"].value - next(r for r in table.rows if r["method"] == "CFG")["average"].value
+    assert aapb["above cfg"].value == pytest.approx(gain)
+    table.facts |= bench.facts(0.0, True)
+    table.save(tmp_path)
+    text = (tmp_path / "rare-dev.md").read_text(encoding="utf-8")
+    for name in ("gamma", "categories", "anchors", "sheet-shapes-unet", "sheet-shapes-flux"):
+        assert f"![{name}](rare-dev-{name}.png)" in text
+        assert (tmp_path / f"rare-dev-{name}.png").read_bytes().startswith(b"\x89PNG")
+    record = json.loads((tmp_path / "rare-dev.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    assert set(record["rows"][0]["property"]) == {"value", "low", "high"} and len(record["parts"][0]["rows"]) == 20
+    again = rare.main(options)
+    assert again.rows == table.rows, "a second run paints nothing new and says the same"
+
+
+def test_a_shard_shows_what_there_is_and_names_what_is_missing(demo_files, stand_in, tmp_path):
+    options = bench.Options(models=(str(demo_files["unet"]),), n=2, quick=True, work=tmp_path, shard=(0, 2))
+    table = rare.main(options)
+    assert any("of 10 cells are not painted yet" in note for note in table.notes)
+    whole = rare.main(replace(options, shard=(1, 2)))
+    assert len(whole.parts[0].rows) == 10 and not any("not painted" in note for note in whole.notes)
+
+
+def test_the_full_plan_holds_what_the_table_promises():
+    cells_of = rare.plan(quick=False)
+    assert len(set(cells_of)) == len(cells_of)
+    for category in rareshapes.CATEGORIES:
+        assert {m for c, m, a in cells_of if c == category} >= {"cfg", *rare.COMPARED, *rare.blends((0.2, 0.4, 0.6))}
+    for anchor in rareshapes.STRATEGIES:
+        assert {(c, m) for c, m, a in cells_of if a == anchor} >= {
+            (c, m) for c in ("property", "never") for m in rare.COMPARED}
+    for anchor in ("superclass", "noun"):
+        assert {m for c, m, a in cells_of if (c, a) == ("property", anchor)} >= set(rare.blends(rare.GAMMAS))
+
+
+def test_calibration_runs_plain_guidance_alone(demo_files, stand_in, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "add_guidance", lambda *_: pytest.fail("calibrate ran a method"))
+    table = calibrate.main(bench.Options(models=(str(demo_files["unet"]),), quick=True, n=2, work=tmp_path))
+    assert {(r["tier"], r["cfg"]) for r in table.rows} == {("common", 5.0), ("rare", 5.0), ("rare", 1.0)}
+    assert all(set(r) >= {"accuracy", "shape", "what", "saturation"} for r in table.rows)
+    drop = {r["tier"]: r.get("drop") for r in table.rows if r["cfg"] == 5}
+    common, rare_ones = (next(r["accuracy"].value for r in table.rows if r["tier"] == t) for t in ("common", "rare"))
+    assert drop == {"common": None, "rare": pytest.approx(common - rare_ones)}
+
+
+def test_cost_takes_both_demo_models(demo_files):
+    table = cost.main(bench.Options(quick=True, models=tuple(map(str, demo_files.values()))))
+    assert {row["model"] for row in table.rows} == {"shapes-unet", "shapes-flux"}
+    assert all(row["as_predicted"] for row in table.rows)
+
+
+def test_models_are_found_by_name_and_missing_ones_named(demo_files):
+    assert generate.files(["shapes-unet"]) == [demo_host.DEFAULT]
+    assert generate.files([str(demo_files["flux"])]) == [demo_files["flux"]]
+    assert demo_host.DEFAULT in generate.files()
+    with pytest.raises(SystemExit, match="no such model: .*shapes-other"):
+        generate.files(["shapes-other"])
