@@ -52,7 +52,7 @@ def main() -> None:
     table = importlib.import_module(f".{TABLES[args.table][0]}", __package__).main(options)
     table.facts |= facts(started, args.quick)
     print(table.markdown())
-    folder = args.out or (None if args.quick else RESULTS)
+    folder = args.out or (None if args.quick or args.shard[1] > 1 else RESULTS)  # a share is no table
     if folder:
         table.save(folder)
         print(f"saved in {folder}")
