@@ -6,9 +6,11 @@ import logging
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import demo, guidance, trace
+from . import demo, guidance, guidance_more, trace
 
-NODES: tuple[type[io.ComfyNode], ...] = (*guidance.NODES, *trace.NODES, *demo.NODES)
+NODES: tuple[type[io.ComfyNode], ...] = (
+    *guidance.NODES, *guidance_more.NODES, *trace.NODES, *demo.NODES,
+)  # fmt: skip
 
 
 class RudderExtension(ComfyExtension):

@@ -21,7 +21,18 @@ from rudder.guidance.space import expand
 from rudder.guidance.tag import CTAG, TAG
 from rudder.guidance.tcfg import TCFG, damped
 from rudder.guidance.trace import QUANTITIES, Recorder, Trace
-from rudder.host import add_guidance
+from rudder.host import add_guidance, plan_of
+from rudder.nodes.guidance_more import (
+    RudderAdaptiveGuidance,
+    RudderAPG,
+    RudderBetaCFG,
+    RudderCFGZero,
+    RudderGuidanceSchedule,
+    RudderNegative,
+    RudderPerpNeg,
+    RudderTAG,
+    RudderTCFG,
+)
 
 from .models import calls, conditioning, evaluate, latent, sample, tiny_wan
 from .registry import METHODS, NEGATIVE, POSITIVE, evaluations, prompt
@@ -176,3 +187,48 @@ def test_another_encoder_is_refused(model, kind):
         method.prompts()[0].conditioning[:] = wide
         with pytest.raises(GuidanceError, match="come from different text encoders"):
             sample(add_guidance(model, method), kind, POSITIVE, NEGATIVE)
+
+
+# ---------------------------------------------------------------- nodes
+
+AWAY, MORE = conditioning(5), conditioning(6)
+NODES = {
+    "APG": (RudderAPG, {}, APG()),
+    "CFG-Zero*": (RudderCFGZero, {"zero_init_steps": 2}, CFGZero(zero_steps=2)),
+    "TCFG": (RudderTCFG, {"end_percent": 0.5}, TCFG(end=0.5)),
+    "adaptive": (RudderAdaptiveGuidance, {}, AdaptiveGuidance(start=0.3)),
+    "schedule": (RudderGuidanceSchedule, {}, Schedule()),
+    "schedule, drawn": (
+        RudderGuidanceSchedule, {"shape": "curve", "curve": "0:0\n1:2", "keep_average": False},
+        Schedule(shape="curve", points=((0.0, 0.0), (1.0, 2.0)), keep_average=False),
+    ),
+    "Perp-Neg": (RudderPerpNeg, {"negative_1": AWAY, "weight_1": 0.5}, (AWAY,)),
+    "Perp-Neg, two": (RudderPerpNeg, {"negative_1": AWAY, "negative_3": MORE}, (AWAY, MORE)),
+    "extra negative": (RudderNegative, {"negative": AWAY}, (AWAY,)),
+    "beta-CFG": (RudderBetaCFG, {}, BetaCFG()),
+    "TAG": (RudderTAG, {}, TAG()),
+    "C-TAG": (RudderTAG, {"mode": "guidance (C-TAG)"}, CTAG()),
+}  # fmt: skip
+
+
+def call(node: type, **inputs) -> tuple:
+    """Execute a node as the host does, with the schema's defaults for what is not given."""
+    defaults = {i.id: i.default for i in node.GET_SCHEMA().inputs if getattr(i, "default", None) is not None}
+    return node.PREPARE_CLASS_CLONE({"hidden_inputs": {}}).EXECUTE_NORMALIZED(**{**defaults, **inputs}).args
+
+
+@pytest.mark.parametrize(("node", "inputs", "expected"), NODES.values(), ids=NODES)
+def test_a_node_adds_its_method_to_a_clone(model, node, inputs, expected):
+    (patched,) = call(node, model=model, **inputs)
+    (method,) = plan_of(patched.model_options)
+    assert plan_of(model.model_options) == ()
+    if isinstance(expected, tuple):  # conditionings, never copied: shared ones cost once
+        assert len(method.prompts()) == len(expected)
+        assert all(prompt.conditioning is given for prompt, given in zip(method.prompts(), expected))
+    else:
+        assert method == expected
+
+
+def test_a_curve_that_cannot_be_read_is_explained(model):
+    with pytest.raises(GuidanceError, match="'half' is not a point of the curve. Write time:factor"):
+        call(RudderGuidanceSchedule, model=model, shape="curve", curve="0:1, half, 1:0")
