@@ -34,8 +34,9 @@ def glyphs() -> np.ndarray:
         cells = np.concatenate([half, half[:, 1::-1]], 1)
         near = np.pad(cells, 1)
         lone = cells & ~(near[:-2, 1:-1] | near[2:, 1:-1] | near[1:-1, :-2] | near[1:-1, 2:])
-        outline = np.abs(np.diff(near.astype(int), axis=0)).sum() + np.abs(np.diff(near.astype(int), axis=1)).sum()
-        if 13 <= cells.sum() <= 20 and outline >= 28 and not lone.any() and all((cells != other).sum() >= 8 for other in kept):
+        outline = sum(np.abs(np.diff(near.astype(int), axis=axis)).sum() for axis in (0, 1))
+        apart = min(((cells != other).sum() for other in kept), default=99)
+        if 13 <= cells.sum() <= 20 and outline >= 28 and not lone.any() and apart >= 8:
             kept.append(cells)
     return np.stack(kept)
 

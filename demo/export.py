@@ -1,4 +1,5 @@
-"""Packs a training checkpoint into the one file that the pack ships: fp16 weights, configuration in the metadata.
+"""Packs a training checkpoint into the files that the pack ships: fp16 weights, configuration in the metadata; the
+model with its text encoder in one file, the autoencoder that the models share in another.
 
     COMFYUI_PATH=... python -m demo.export unet --out /tmp/rudder-train [--file demo/models/shapes-unet.safetensors]
 """
@@ -33,18 +34,25 @@ def pack(kind: str, out: Path, file: Path) -> None:
     tensors = {f"{kind}.{k[4:]}": v for k, v in weights.items() if k.startswith("net.")}
     tensors |= {"text.clip_l.transformer." + k[5:]: v for k, v in weights.items() if k.startswith("text.")}
     tensors["text.clip_l.logit_scale"] = torch.tensor(4.6055)
-    tensors |= {"vae." + k: v for k, v in saved["state"].items()}
     vae = AutoencoderKL(**saved["config"])
     vae.load_state_dict(saved["state"])
     config = train["config"]
+    autoencoder = {"vae": config.pop("vae"), "training": {"psnr": round(saved["psnr"], 2), "world": train["world"]}}
     config["latent"]["rgb"] = preview_factors(vae.eval(), saved["mean"], saved["std"])
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=MODELS)
-    facts = {"steps": train["step"], "seed": train["seed"], "slip": train["slip"], "minutes": round(train["seconds"] / 60, 1),
-             "commit": git.stdout.strip(), "world": train["world"], "psnr": round(saved["psnr"], 2)}
-    metadata = {"rudder": json.dumps(config | {"training": facts}), "format": "pt"}
-    save_file({k: v.to(torch.float16).contiguous() for k, v in tensors.items()}, str(file), metadata=metadata)
+    facts = {"steps": train["step"], "seed": train["seed"], "slip": train["slip"],
+             "minutes": round(train["seconds"] / 60, 1),
+             "commit": git.stdout.strip(), "world": train["world"]}
+    save(file, tensors, config | {"training": facts})
+    save(file.with_name("shapes-vae.safetensors"), saved["state"], autoencoder)
+    print(facts)
+
+
+def save(file: Path, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
+    small = {k: v.to(torch.float16).contiguous() for k, v in tensors.items()}
+    save_file(small, str(file), metadata={"rudder": json.dumps(metadata), "format": "pt"})
     parameters = sum(v.numel() for v in tensors.values())
-    print(f"{file}: {file.stat().st_size / 1e6:.2f} MB, {parameters / 1e6:.2f} M parameters, {facts}")
+    print(f"{file}: {file.stat().st_size / 1e6:.2f} MB, {parameters / 1e6:.2f} M parameters")
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from .trainlib import MODELS
 BORDER = {"common": (120, 190, 130), "ordinary": (240, 200, 90), "rare": (226, 90, 80), "never": (120, 120, 130)}
 
 
-def sheet(scenes: world.Scenes, columns: int, borders: list[tuple[int, int, int]], heads: tuple[str, ...]) -> Image.Image:
+def sheet(scenes: world.Scenes, columns: int, borders: list[tuple], heads: tuple[str, ...]) -> Image.Image:
     """Pictures in rows, each in a coloured border, with a word above each of the first."""
     cell = world.SIZE + 8
     out = Image.new("RGB", (columns * cell, -(-len(scenes) // columns) * cell + 14), "white")

@@ -55,7 +55,8 @@ class Networks(torch.nn.Module):
         super().__init__()
         import comfy.clip_model
         base = demo.base_model(config)
-        zero = ("out_layers.3", "proj_out", "out.2", "_mod.lin", "modulation.lin", "adaLN_modulation.1", "final_layer.linear")
+        zero = ("out_layers.3", "proj_out", "out.2",  # the UNet's, then the transformer's
+                "_mod.lin", "modulation.lin", "adaLN_modulation.1", "final_layer.linear")
         self.net = initialise(base.diffusion_model, zero)
         self.sampling = base.model_sampling
         self.text = initialise(demo.text_class(config["text"])().clip_l.transformer)

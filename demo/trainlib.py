@@ -77,7 +77,7 @@ def adopt(module: torch.nn.Module, file: Path, prefix: str) -> int:
     with safe_open(str(file), framework="pt") as saved, torch.no_grad():
         for key in saved.keys():
             name = key.removeprefix(prefix)
-            if key.startswith(prefix) and name in own and list(saved.get_slice(key).get_shape()) == list(own[name].shape):
+            if key.startswith(prefix) and name in own and saved.get_slice(key).get_shape() == list(own[name].shape):
                 own[name].copy_(saved.get_tensor(key))
                 taken += 1
     return taken

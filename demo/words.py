@@ -12,7 +12,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from .world import (
-    ATTRIBUTES, BACKGROUNDS, COLORS, NAMED, NOUNS, RELATIONS, SHAPES, SIZES, SLIP, SUPERCLASS, TEXTURES, Scenes, tier,
+    ATTRIBUTES,
+    BACKGROUNDS,
+    COLORS,
+    NAMED,
+    NOUNS,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    SLIP,
+    SUPERCLASS,
+    TEXTURES,
+    Scenes,
+    tier,
 )
 
 GLYPH = "glyph"  # the superclass of the individuals

@@ -1,7 +1,7 @@
 """The demo models as host objects: MODEL, CLIP and VAE built from ComfyUI's own classes.
 
-One safetensors file holds `unet.*` or `flux.*`, `text.*` and `vae.*` in fp16; its metadata holds their configuration
-as JSON.
+One safetensors file holds `unet.*` or `flux.*` and `text.*` in fp16, another the autoencoder that the models share;
+their metadata holds the configuration as JSON.
 Everything runs in fp32: the models are tiny, and a CPU has nothing faster that is as exact.
 """
 from __future__ import annotations
@@ -22,6 +22,7 @@ from safetensors import safe_open
 
 MODELS = Path(__file__).resolve().parent.parent / "demo" / "models"
 DEFAULT = MODELS / "shapes-unet.safetensors"
+AUTOENCODER = "shapes-vae.safetensors"
 WAY_OUT = "It is bundled with the pack: reinstall the pack, or run `git checkout -- demo/models` in its folder."
 
 
@@ -135,7 +136,8 @@ def _model(config: dict, state: dict, disable_dynamic: bool):
 def _clip(config: dict, state: dict, disable_dynamic: bool):
     text = config["text"]
     target = comfy.supported_models_base.ClipTarget(Tokens, text_class(text))
-    clip = comfy.sd.CLIP(target, tokenizer_data={"width": text["hidden_size"], "length": text["max_position_embeddings"]},
+    sizes = {"width": text["hidden_size"], "length": text["max_position_embeddings"]}
+    clip = comfy.sd.CLIP(target, tokenizer_data=sizes,
                          model_options={"dtype": torch.float32}, disable_dynamic=disable_dynamic)
     missing, _ = clip.load_sd(state, full_model=True)
     if missing:
@@ -150,26 +152,23 @@ def _vae(config: dict, state: dict):
     return vae
 
 
-def read(path: str | Path) -> tuple[dict, dict[str, dict]]:
-    """Configuration, and the weights of 'unet' or 'flux', 'text' and 'vae' in fp32."""
+def read(path: str | Path, part: str = "") -> tuple[dict, dict]:
+    """Configuration of a file, and the weights of one part in fp32: 'unet', 'flux' or 'text', '' for all."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"The demo model is missing: {path}. {WAY_OUT}")
-    parts: dict[str, dict] = {kind: {} for kind in (*KINDS, "text", "vae")}
     with safe_open(str(path), framework="pt") as file:
         metadata = file.metadata() or {}
         if "rudder" not in metadata:
             raise ValueError(f"{path} is not a Rudder demo model (its metadata holds no 'rudder' entry). {WAY_OUT}")
-        for key in file.keys():
-            part, _, name = key.partition(".")
-            parts[part][name] = file.get_tensor(key).float()
-    return json.loads(metadata["rudder"]), parts
+        config, prefix = json.loads(metadata["rudder"]), part and part + "."
+        return config, {k.removeprefix(prefix): file.get_tensor(k).float() for k in file.keys() if k.startswith(prefix)}
 
 
 def load_model(path, disable_dynamic: bool = False):
     """The MODEL alone; the host calls it again when it needs a private copy of the weights."""
-    config, parts = read(path)
-    patcher = _model(config, parts[kind_of(config)], disable_dynamic)
+    config, weights = read(path, kind_of(read(path, "nothing")[0]))
+    patcher = _model(config, weights, disable_dynamic)
     patcher.cached_patcher_init = (load_model, (str(path),))
     return patcher
 
@@ -180,13 +179,12 @@ def load_text(path, disable_dynamic: bool = False):
 
 
 def _load_clip(path, disable_dynamic: bool = False):
-    config, parts = read(path)
-    clip = _clip(config, parts["text"], disable_dynamic)
+    clip = _clip(*read(path, "text"), disable_dynamic)
     clip.patcher.cached_patcher_init = (load_text, (str(path),))
     return clip
 
 
 def load_demo(path: str | Path = DEFAULT):
-    """(MODEL, CLIP, VAE) of a demo file. FileNotFoundError names the file and the way out."""
-    config, parts = read(path)
-    return load_model(path), _load_clip(path), _vae(config, parts["vae"])
+    """(MODEL, CLIP, VAE) of a demo file and the autoencoder beside it, which the models share. FileNotFoundError names
+    the file that is missing and the way out."""
+    return load_model(path), _load_clip(path), _vae(*read(Path(path).with_name(AUTOENCODER)))
