@@ -17,7 +17,7 @@ standardised as latents are: the overall mixture has mean 0 and, averaged over d
 **How the numbers were fixed**: with plain CFG alone, before any other method had run here, and not touched since.
 Layouts, shares and poses are first drafts. ``DRIFT`` starts at 0.6 and is raised by tenths until CFG gives the rare
 concept between 20 and 65 % of its samples at every weight from 1 to 12 in both parametrisations, while frequent
-concepts have 100 %. ``image`` is there at once (39 to 44 %); ``rare`` needs 0.8 (24 to 59 %), for at 0.6 there is
+concepts have 100 %. ``image`` is there at once (37 to 42 %); ``rare`` needs 0.8 (20 to 57 %), for at 0.6 there is
 nothing to repair in the plane: 41 % at weight 1 become 96 % at 12. With exact scores, caption noise is something that
 CFG cures by itself, as long as the trajectory does not commit to a mode before the scores tell the modes apart.
 """
