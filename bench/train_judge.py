@@ -30,8 +30,8 @@ from rudder.demo.trainlib import rate
 from .judge import CLASSES, DEFAULT, OBJECT, Judge, Network, load
 
 GLYPH = 0.15  # part of the objects that is an individual
-FILE, DECODED = 6000, 1200  # pictures in a file of the pool, and how many of them went through the autoencoder too
-LATENT_NOISE = 0.25  # at most, in deviations of a latent channel: a diffusion model's latents are never perfect
+FILE, DECODED = 6000, 2000  # pictures in a file of the pool, and how many of them went through the autoencoder too
+ROUGH = {"noise": 0.5, "wobble": 1.0}  # at most; latents in deviations of a channel, edges in px
 WEIGHTS = {"attribute": 1.5, "color": 0.5, "size": 0.5, "count": 0.5, "axis": 0.5, "background": 0.3, "place": 0.3}
 EMA = 0.998
 
@@ -94,24 +94,37 @@ def autoencoder(folder: Path):
 
 
 @torch.no_grad()
-def round_trip(vae, images: Tensor, generator: torch.Generator, noise: float = LATENT_NOISE) -> Tensor:
-    """Pictures [N, 3, 64, 64] uint8 through `vae` (what autoencoder() gives); the latents get noise of a deviation
-    drawn uniformly up to `noise` for each picture."""
+def round_trip(vae, images: Tensor, generator: torch.Generator, noise: float = 0.0, wobble: float = 0.0) -> Tensor:
+    """Pictures [N, 3, 64, 64] uint8 through `vae` (what autoencoder() gives), edges wobbling by up to `wobble` px. The
+    latents get noise of a deviation drawn uniformly up to `noise` for each picture, every other time a smooth one."""
     model, deviation = vae
     out = []
     for b in images.split(50):
-        x = (b.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+        x = warp(b.float() / 127.5 - 1, wobble * torch.rand(len(b), generator=generator), generator)
         with torch.autocast("cpu", torch.bfloat16):
-            z = model.encode(x).float()
+            z = model.encode(x.contiguous(memory_format=torch.channels_last)).float()
+            grain = torch.randn(z.shape, generator=generator)
+            grain[::2] = 3 * functional.avg_pool2d(functional.pad(grain[::2], (1, 1, 1, 1), mode="replicate"), 3, 1)
             strength = noise * torch.rand(len(b), 1, 1, 1, generator=generator)
-            y = model.decode(z + deviation * strength * torch.randn(z.shape, generator=generator)).float()
+            y = model.decode(z + deviation * strength * grain).float()
         out.append(((y + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))
     return torch.cat(out)
 
 
+def warp(x: Tensor, amount: Tensor, generator: torch.Generator, step: int = 5) -> Tensor:
+    """Pictures [B, C, 64, 64] with wobbly edges: each point moves by about `amount` [B] px, its neighbours `step` px
+    away by another way."""
+    coarse = torch.randn(len(x), 2, 64 // step + 3, 64 // step + 3, generator=generator)
+    flow = functional.interpolate(coarse, size=(64, 64), mode="bicubic", align_corners=True)
+    flow = flow * (amount / 32).view(-1, 1, 1, 1)  # grid_sample counts in half pictures
+    axis = (torch.arange(64) + 0.5) / 32 - 1
+    grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), 2) + flow.movedim(1, 3)
+    return functional.grid_sample(x, grid, align_corners=False, padding_mode="border")
+
+
 def augment(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Pictures [B, 3, 64, 64] in 0..1, each moved by up to 3 px, recoloured by a few percent, and some of them blurred
-    or noisy (deviation up to 0.08)."""
+    """Pictures [B, 3, 64, 64] in 0..1, each moved by up to 3 px, recoloured by a few percent, and some of them wobbly
+    (up to 1 px), blurred or noisy (deviation up to 0.08)."""
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(len(x), *shape, generator=generator)
@@ -119,6 +132,7 @@ def augment(x: Tensor, generator: torch.Generator) -> Tensor:
     top, left = torch.randint(7, (2, len(x)), generator=generator).tolist()
     padded = functional.pad(x, (3, 3, 3, 3), mode="replicate")
     x = torch.stack([padded[i, :, a:a + 64, b:b + 64] for i, (a, b) in enumerate(zip(top, left))])
+    x = warp(x, uniform(-1, 1).clamp(min=0), generator, int(torch.randint(4, 11, (), generator=generator)))
     x = (x - 0.5) * (1 + 0.06 * torch.randn(len(x), 3, 1, 1, generator=generator)) + 0.5  # contrast and colour
     x = x + 0.025 * torch.randn(len(x), 1, 1, 1, generator=generator)
     kernel = torch.tensor([0.03, 0.24, 0.46, 0.24, 0.03])
@@ -141,7 +155,7 @@ def pool(arg: argparse.Namespace) -> tuple[dict[str, Tensor], Tensor, Tensor]:
             keep(rendered(i, FILE), file)
         parts.append(torch.load(file))
         if not soft.exists():
-            keep(round_trip(vae, parts[-1]["images"][:DECODED], torch.Generator().manual_seed(i)), soft)
+            keep(round_trip(vae, parts[-1]["images"][:DECODED], torch.Generator().manual_seed(i), **ROUGH), soft)
         decoded.append(torch.load(soft))
     which = torch.cat([FILE * i + torch.arange(DECODED) for i in range(arg.files)])
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}, torch.cat(decoded), which
@@ -169,7 +183,8 @@ def train(arg: argparse.Namespace) -> None:
     torch.manual_seed(arg.seed)
     arg.out.mkdir(parents=True, exist_ok=True)
     data, decoded, which = pool(arg)
-    net = Network().to(memory_format=torch.channels_last).train()
+    net = load(arg.start).network.requires_grad_() if arg.start else Network()
+    net = net.to(memory_format=torch.channels_last).train()
     adam = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.98), weight_decay=0.02, fused=True)
     ema = {k: v.clone() for k, v in net.state_dict().items()}
     step, before, log, path = 0, 0.0, [], arg.out / "judge.pt"
@@ -280,7 +295,7 @@ def validate(arg: argparse.Namespace) -> None:
     # Half of the pictures that calibrate went through the autoencoder, as those that will be judged.
     data = rendered(10**6, arg.n)
     half = arg.n // 2
-    images = torch.cat([data["images"][:half], round_trip(vae, data["images"][half:], generator)])
+    images = torch.cat([data["images"][:half], round_trip(vae, data["images"][half:], generator, **ROUGH)])
     logits = judge.logits(images)[0]
     judge = Judge(judge.network, {k: temperature(*spoken(v, data[k])) for k, v in logits.items()}, judge.facts)
     about = judge.facts | {"temperature": judge.temperature}
@@ -295,8 +310,8 @@ def validate(arg: argparse.Namespace) -> None:
         clean = data["images"].float() / 255
         noisy = {f"noise {d}": (clean + d * torch.randn(clean.shape, generator=generator)).clamp(0, 1)
                  for d in (0.03, 0.06)}
-        seen = {"clean": clean, "autoencoder": round_trip(vae, data["images"], generator, 0.0).float() / 255,
-                "autoencoder, noisy latents": round_trip(vae, data["images"], generator).float() / 255} | noisy
+        seen = {"clean": clean, "autoencoder": round_trip(vae, data["images"], generator).float() / 255,
+                "rough": round_trip(vae, data["images"], generator, **ROUGH).float() / 255} | noisy
         for name, pictures in seen.items():
             clock = time.process_time()  # the machine may have other work
             logits, *rest = judge.logits(pictures)
@@ -326,10 +341,10 @@ def report(arg: argparse.Namespace, judge: Judge, rows: list[dict], speed: float
         f"{arg.n} pictures a row, of every shape with every attribute, colour and texture equally often, "
         f"{GLYPH:.0%} individuals. What is said of objects is counted object by object, the rest picture by picture.",
         "relation: the right axis and the right order, as score() tells them; all: everything is right.",
-        f"autoencoder: encoded and decoded; noisy latents: with noise of up to {LATENT_NOISE} deviations in between; "
-        "noise: of that deviation on pixels in 0..1.",
+        f"autoencoder: encoded and decoded; rough: edges wobbling by up to {ROUGH['wobble']} px before, and noise of "
+        f"up to {ROUGH['noise']} deviations on the latents; noise: of that deviation on pixels in 0..1.",
         *(f"{r['pictures']}, {head}: {'; '.join(r[f'{head} confusions']) or 'no mistakes'}"
-          for r in rows if r["pictures"].endswith(("clean", "noisy latents")) for head in ("attribute", "shape")),
+          for r in rows if r["pictures"].endswith(("clean", "rough")) for head in ("attribute", "shape")),
     ], facts={
         "trained": ", ".join(f"{k} {v}" for k, v in made.items()),
         "parameters": sum(p.numel() for p in judge.network.parameters()),
@@ -354,6 +369,7 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, required=True, help="folder with vae.pt")
     parser.add_argument("--out", type=Path, help="folder for pool and checkpoint")
     parser.add_argument("--file", type=Path, default=DEFAULT, help="the judge's file")
+    parser.add_argument("--start", type=Path, help="a judge to start from")
     parser.add_argument("--minutes", type=float, default=15)
     parser.add_argument("--files", type=int, default=8, help=f"of {FILE} training pictures")
     parser.add_argument("--decoded", type=float, default=0.4, help="part of a batch that went through the autoencoder")

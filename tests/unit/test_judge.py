@@ -13,7 +13,7 @@ from rudder.bench import train_judge
 from rudder.demo import draw, words, world
 
 # Accuracies that the shipped judge exceeds by a wide margin on fresh pictures; results/judge.md has the numbers.
-FLOOR = {"count": 99, "shape": 96, "color": 97, "texture": 92, "attribute": 90, "size": 95, "background": 98}
+FLOOR = {"count": 99, "shape": 98, "color": 98.5, "texture": 94, "attribute": 97, "size": 98, "background": 99}
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +57,12 @@ def score(judge: judging.Judge, s: world.Scenes, truth: str | dict) -> dict[str,
 def test_it_is_right_on_fresh_pictures(judge, fresh, pairs):
     s = fresh[pairs]
     result = judge(pictures(s)).score(train_judge.truths(s))
-    slack = 8 * pairs  # small objects are harder, and both must be right
+    slack = 4 * pairs  # small objects are harder, and both must be right
     for name, least in FLOOR.items():
         assert 100 * result[name].mean() >= least - slack * (name in judging.OBJECT), name
     if pairs:
-        assert result["relation"].mean() >= 0.97
-    assert result["all"].mean() >= (0.7 if pairs else 0.85)
+        assert result["relation"].mean() >= 0.98
+    assert result["all"].mean() >= (0.85 if pairs else 0.93)
 
 
 def test_mild_noise_costs_little(judge, fresh):
@@ -70,7 +70,14 @@ def test_mild_noise_costs_little(judge, fresh):
     clean = pictures(s).float() / 255
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
     result = judge((clean + 0.03 * noise).clamp(0, 1)).score(train_judge.truths(s))
-    assert result["shape"].mean() >= 0.95 and result["color"].mean() >= 0.95 and result["attribute"].mean() >= 0.88
+    assert result["shape"].mean() >= 0.97 and result["color"].mean() >= 0.98 and result["attribute"].mean() >= 0.96
+
+
+def test_wobbly_edges_cost_little(judge, fresh):
+    s, generator = fresh[0], torch.Generator().manual_seed(0)
+    images = pictures(s).permute(0, 3, 1, 2).float() / 255
+    result = judge(train_judge.warp(images, torch.full((len(s),), 0.8), generator)).score(train_judge.truths(s))
+    assert result["shape"].mean() >= 0.95 and result["color"].mean() >= 0.98 and result["attribute"].mean() >= 0.95
 
 
 def test_confidence_is_about_as_high_as_accuracy(judge, fresh):
@@ -263,6 +270,14 @@ def test_places_of_the_slots_are_where_the_objects_are():
     assert (along[:, 0] < along[:, 1]).all()
 
 
+def test_a_warp_of_nothing_changes_nothing_and_more_changes_more():
+    x = train_judge.rendered(4, 6)["images"].float() / 255
+    still, little, much = (
+        train_judge.warp(x, torch.full((6,), a), torch.Generator().manual_seed(0)) for a in (0.0, 0.5, 2.0))
+    assert torch.allclose(still, x, atol=1e-4)
+    assert 0 < ((little - x) ** 2).mean() < ((much - x) ** 2).mean() < 0.1
+
+
 def test_augmentation_keeps_the_picture_and_the_original():
     x = train_judge.rendered(4, 12)["images"].float() / 255
     before = x.clone()
@@ -271,3 +286,22 @@ def test_augmentation_keeps_the_picture_and_the_original():
     assert (x.mean((2, 3)) - y.mean((2, 3))).abs().max() < 0.2
     assert torch.equal(y, train_judge.augment(x, torch.Generator().manual_seed(0)))
 
+
+# ---------------------------------------------------------------- how it is validated
+
+
+def test_the_temperature_of_overconfident_logits_is_what_they_were_multiplied_with():
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(20000, 4, generator=generator)
+    said = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
+    assert train_judge.temperature(logits, said) == pytest.approx(1, abs=0.05)
+    assert train_judge.temperature(1.7 * logits, said) == pytest.approx(1.7, abs=0.08)
+    assert train_judge.calibration_error(logits.softmax(1), said) < 1.5
+    assert train_judge.calibration_error((1.7 * logits).softmax(1), said) > 5
+
+
+def test_confusions_are_listed_by_frequency():
+    said = torch.tensor([0, 0, 0, 1, 1, 2])
+    read = torch.tensor([1, 1, 0, 2, 1, 2])
+    logits = torch.nn.functional.one_hot(read, 3).float()
+    assert train_judge.confusions(logits, said, ("a", "b", "c")) == ["a read as b: 2 of 3", "b read as c: 1 of 2"]
