@@ -22,11 +22,20 @@ import comfy.samplers
 import torch
 
 from rudder.guidance.aapb import AAPB
+from rudder.guidance.adaptive import AdaptiveGuidance
+from rudder.guidance.apg import APG
+from rudder.guidance.beta_cfg import BetaCFG
 from rudder.guidance.blend import FixedBlend
 from rudder.guidance.cfg import CFG
+from rudder.guidance.cfg_zero import CFGZero
 from rudder.guidance.contract import Guidance, Prompt
 from rudder.guidance.interval import LimitedInterval
+from rudder.guidance.negative import ExtraNegative
+from rudder.guidance.perpneg import PerpNeg
 from rudder.guidance.r2f import R2F
+from rudder.guidance.schedule import Schedule
+from rudder.guidance.tag import CTAG, TAG
+from rudder.guidance.tcfg import TCFG
 from rudder.guidance.trace import Recorder, Trace
 from rudder.host import add_guidance
 from rudder.host import demo as demo_host
@@ -68,6 +77,16 @@ ROWS = (
     Row("Rare Concept Schedule (R2F), blend", lambda a: (R2F(frequent=a, stop=0.5, mode="blend"),), lambda s: 2),
     Row("Prompt Blend (fixed)", lambda a: (FixedBlend(anchor=a),), lambda s: 3),
     Row("Rare Concept Blend (AAPB)", lambda a: (AAPB(anchor=a),), lambda s: 3),
+    Row("High CFG without Burn (APG)", lambda a: (APG(),), lambda s: 2),
+    Row("Flow Guidance Fix (CFG-Zero*), no zero-init", lambda a: (CFGZero(zero_steps=0),), lambda s: 2),
+    Row("Cleaner Negative (TCFG)", lambda a: (TCFG(),), lambda s: 2),
+    Row("Faster Guidance (Adaptive), never switching", lambda a: (AdaptiveGuidance(gamma=1.01),), lambda s: 2),
+    Row("Guidance Schedule, flat", lambda a: (Schedule(shape="interval"),), lambda s: 2),
+    Row("Safe Negatives (Perp-Neg), one", lambda a: (PerpNeg(negatives=(a,)),), lambda s: 3),
+    Row("Extra Negative", lambda a: (ExtraNegative(negative=a),), lambda s: 3),
+    Row("Normalised Guidance (beta-CFG)", lambda a: (BetaCFG(),), lambda s: 2),
+    Row("Sharper Content (TAG)", lambda a: (TAG(),), lambda s: 2),
+    Row("Sharper Content (C-TAG)", lambda a: (CTAG(),), lambda s: 2),
     Row("KSampler, trace on", lambda a: (Trace(recorder=Recorder()),), lambda s: 2),
     Row("Rare Concept Blend (AAPB), trace on", lambda a: (AAPB(anchor=a), Trace(recorder=Recorder())), lambda s: 3),
 )  # fmt: skip
