@@ -8,13 +8,15 @@ they follow from the seed, and captions are written anew whenever a picture is s
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 
 from . import draw, words, world
-from .trainlib import host, in_parallel, to_input
+from .trainlib import MODELS, host, in_parallel, to_input
 
 SHARD = 2500
 
@@ -24,8 +26,16 @@ def scenes_of(seed: int) -> world.Scenes:
 
 
 def load_vae(out: Path) -> dict:
+    """The autoencoder of demo.vae in --out, or the shipped one where there is none: 'model', 'saved' (what demo.vae
+    writes), and 'mean' and 'std' of the latents, [1, 16, 1, 1]."""
     from comfy.ldm.models.autoencoder import AutoencoderKL
-    saved = torch.load(out / "vae.pt", weights_only=True)
+    if (out / "vae.pt").exists():
+        saved = torch.load(out / "vae.pt", weights_only=True)
+    else:
+        with safe_open(str(MODELS / "shapes-vae.safetensors"), framework="pt") as file:
+            about = json.loads(file.metadata()["rudder"])
+            saved = {"config": about["vae"], **about["latent"], "psnr": about["training"]["psnr"],
+                     "state": {k: file.get_tensor(k).float() for k in file.keys()}}
     model = AutoencoderKL(**saved["config"])
     model.load_state_dict(saved["state"])
     stats = {k: torch.tensor(saved[k]).view(1, -1, 1, 1) for k in ("mean", "std")}

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from .data import load_vae
 from .trainlib import MODELS, host, rendered, to_input
 
 
@@ -28,17 +29,16 @@ def preview_factors(vae, mean: list[float], std: list[float]) -> list[list[float
 
 def pack(kind: str, out: Path, file: Path) -> None:
     host()
-    from comfy.ldm.models.autoencoder import AutoencoderKL
-    train, saved = (torch.load(out / name, weights_only=True) for name in (f"{kind}.pt", "vae.pt"))
+    train, vae = torch.load(out / f"{kind}.pt", weights_only=True), load_vae(out)
+    saved = vae["saved"]
     weights = {k: train["ema"].get(k, v) for k, v in train["net"].items()}
     tensors = {f"{kind}.{k[4:]}": v for k, v in weights.items() if k.startswith("net.")}
     tensors |= {"text.clip_l.transformer." + k[5:]: v for k, v in weights.items() if k.startswith("text.")}
     tensors["text.clip_l.logit_scale"] = torch.tensor(4.6055)
-    vae = AutoencoderKL(**saved["config"])
-    vae.load_state_dict(saved["state"])
     config = train["config"]
-    autoencoder = {"vae": config.pop("vae"), "training": {"psnr": round(saved["psnr"], 2), "world": train["world"]}}
-    config["latent"]["rgb"] = preview_factors(vae.eval(), saved["mean"], saved["std"])
+    autoencoder = {"vae": config.pop("vae"), "latent": {"mean": saved["mean"], "std": saved["std"]},
+                   "training": {"psnr": round(saved["psnr"], 2), "world": train["world"]}}
+    config["latent"]["rgb"] = preview_factors(vae["model"], saved["mean"], saved["std"])
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=MODELS)
     facts = {"steps": train["step"], "seed": train["seed"], "slip": train["slip"],
              "minutes": round(train["seconds"] / 60, 1),
