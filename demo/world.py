@@ -7,7 +7,7 @@ What makes the world useful is how uneven it is. `TIERS` says how often each geo
 shape; a texture and a relation are rare with each shape too. Attributes change the *geometry*, so "spiky heart" is
 not "spiky" + "heart" pasted together. And captions slip (`SLIP`), as they do on the web: a wrong word is as likely
 with every shape, so that it drowns what is rare and hardly touches what is frequent. A model trained on that drifts
-to the frequent. The numbers were set with plain classifier-free guidance alone, before any other method ran.
+to the frequent. The numbers were set with plain classifier-free guidance alone, before methods were compared.
 
 *Individuals* are fixed glyphs, the faces of this world: the same one in many colours, places and sizes. Some have
 names that captions use; the strangers are never shown, for methods that must learn a new one.
