@@ -116,6 +116,7 @@ class Store:
         state = asdict(settings) | {"cfg": None, "list": rareshapes.digest(), "code": code_digest()}
         self.state = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:12]
         self.folder = work / f"{painter.digest}-{self.state}"
+        self.commit = commit()
 
     def file(self, job: Job) -> Path:
         return self.folder / job.cell.key / f"{job.first:05d}-{job.last:05d}.png"
@@ -134,7 +135,7 @@ class Store:
         made = self.painter.paint([p.text for p in prompts], seeds, anchors, job.methods, settings)
         about = {"prompts": [p.text for p in prompts], "anchors": list(anchors), "seeds": seeds,
                  "model": self.painter.name, "settings": asdict(settings), "method": job.cell.method,
-                 "commit": commit(), "evaluations": made.evaluations, "seconds": made.seconds}
+                 "commit": self.commit, "evaluations": made.evaluations, "seconds": made.seconds}
         text = PngImagePlugin.PngInfo()
         text.add_text("rudder", json.dumps(about))
         file = self.file(job)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_patcher
-import comfy.patcher_extension as ext
 import comfy.sample
 import comfy.samplers
 import torch
@@ -41,7 +40,7 @@ from rudder.host import add_guidance
 from rudder.host import demo as demo_host
 
 from . import Options, Table
-from .generate import Painter, files
+from .generate import Painter, counting, files
 
 AIM = 1.03
 WEIGHT = 7.0
@@ -146,18 +145,13 @@ def levels(model: Any, steps: int) -> torch.Tensor:
 
 def counted(model: Any, conds: Conds, batch: int, steps: int, size: int) -> list[int]:
     """Evaluations of every step, by the rows that reach the network."""
-    rows, seen = [0], []
-
-    def count(executor: Callable, x: torch.Tensor, *args, **kwargs):
-        rows[0] += len(x)
-        return executor(x, *args, **kwargs)
+    model, rows = counting(model)
+    seen: list[int] = []
 
     def each_step(guider, index, x, sigma, options) -> None:
-        seen.append(rows[0] // batch)
-        rows[0] = 0
+        seen.append(sum(rows) // batch)
+        rows.clear()
 
-    model = model.clone()
-    model.add_wrapper_with_key(ext.WrappersMP.APPLY_MODEL, "bench", count)
     sample(model, conds, batch, steps, size, each_step)
     return seen
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import comfy.model_management
 import comfy.patcher_extension as ext
@@ -69,6 +70,19 @@ def files(names: Sequence[str] = ()) -> list[Path]:
 def noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
     """Standard normal noise ``[B, *shape]``, each row from its own seed."""
     return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(int(s))) for s in seeds])
+
+
+def counting(model: Any) -> tuple[Any, list[int]]:
+    """A clone of the MODEL, and a list to which it appends how many rows reach the network at each call."""
+    rows: list[int] = []
+
+    def count(executor: Callable, x: Tensor, *args, **kwargs):
+        rows.append(len(x))
+        return executor(x, *args, **kwargs)
+
+    model = model.clone()
+    model.add_wrapper_with_key(ext.WrappersMP.APPLY_MODEL, "bench", count)
+    return model, rows
 
 
 @dataclass(frozen=True)
@@ -136,7 +150,7 @@ class Painter:
             GuidanceError: a method cannot act, for example at cfg 1.
         """
         settings = settings or self.settings
-        model, rows = self._counting(self.model)
+        model, rows = counting(self.model)
         for method in methods(Prompt(self.conditioning(anchors), "anchor")) if methods else ():
             model = add_guidance(model, method)
         guider = comfy.samplers.CFGGuider(model)
@@ -151,16 +165,3 @@ class Painter:
         seconds = time.perf_counter() - begun
         images = (self.vae.decode(out).clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
         return Painted(images, sum(rows) / len(texts), seconds / len(texts))
-
-    @staticmethod
-    def _counting(model):
-        """A clone of the MODEL that writes down how many rows reach the network at each call."""
-        rows: list[int] = []
-
-        def count(executor: Callable, x: Tensor, *args, **kwargs):
-            rows.append(len(x))
-            return executor(x, *args, **kwargs)
-
-        model = model.clone()
-        model.add_wrapper_with_key(ext.WrappersMP.APPLY_MODEL, "bench", count)
-        return model, rows

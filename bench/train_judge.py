@@ -25,6 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from rudder.demo import draw, world
+from rudder.demo.data import load_vae
 from rudder.demo.trainlib import rate
 
 from .judge import CLASSES, DEFAULT, OBJECT, Judge, Network, load
@@ -83,14 +84,10 @@ def rendered(seed: int, n: int, pairs: float = 0.5, chunk: int = 500) -> dict[st
 
 
 def autoencoder(folder: Path):
-    """The demo autoencoder that demo/vae.py left in `folder`, and the deviation of its latents [1, 16, 1, 1]."""
-    from comfy.ldm.models.autoencoder import AutoencoderKL
-
-    saved = torch.load(folder / "vae.pt")
-    model = AutoencoderKL(**saved["config"])
-    model.load_state_dict(saved["state"])
-    model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    return model, torch.tensor(saved["std"]).view(1, -1, 1, 1)
+    """The autoencoder that demo/vae.py left in `folder` (else the shipped one), and the deviation of its latents
+    [1, 16, 1, 1]."""
+    vae = load_vae(folder)
+    return vae["model"].to(memory_format=torch.channels_last), vae["std"]
 
 
 @torch.no_grad()

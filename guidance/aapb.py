@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from .blend import blend, require_distinct
-from .contract import Branch, Guidance, GuidanceError, Predictions, Prompt, Setup, Step
+from .cfg import require_guidance
+from .contract import Branch, Guidance, Predictions, Prompt, Setup, Step
 from .space import dot
 
 EPS = 1e-12  # official code: below this w^2 |a|^2 the anchor says nothing and the step is plain CFG
@@ -61,14 +62,9 @@ class AAPB(Guidance):
         return (self.anchor,)
 
     def check(self, setup: Setup) -> None:
-        if not setup.guided:
-            raise GuidanceError(
-                f"{self.title}: it blends inside classifier-free guidance and this run has none ("
-                f"{'the weight is 1 at every step' if setup.has_negative else 'there is no negative'}; the sampler's "
-                f"cfg is {setup.cfg:g}). Set cfg above 1 in the sampler, and let no other node lower it to 1. Models "
-                "with distilled guidance (Flux-dev, few-step models) run at cfg 1: use 'Rare Concept Schedule "
-                "(R2F)' in blend mode or 'Prompt Blend (fixed)' there."
-            )
+        require_guidance(
+            self.title, setup, "use 'Rare Concept Schedule (R2F)' in blend mode or 'Prompt Blend (fixed)' there."
+        )
         require_distinct(self.title, "anchor", self.anchor, setup)
 
     def branches(self, step: Step) -> Sequence[Branch]:

@@ -19,15 +19,14 @@ from torch import Tensor
 
 from .cfg import require_guidance
 from .contract import Guidance, GuidanceError, Setup, Step
-from .space import TINY, cosine, dot, expand, norm
+from .space import TINY, along, cosine, expand, norm
 
 SDXL = 4 * 128 * 128  # numbers in the latent that the paper's threshold is for
 
 
-def projected(push: Tensor, along: Tensor, eta: float) -> Tensor:
-    """``push`` with its part along ``along`` multiplied by ``eta``, per sample; ``push`` itself at eta 1."""
-    unit = along / expand(norm(along).clamp_min(TINY), along)
-    return push + (eta - 1) * expand(dot(push, unit), push) * unit
+def projected(push: Tensor, axis: Tensor, eta: float) -> Tensor:
+    """``push`` with its part along ``axis`` multiplied by ``eta``, per sample; ``push`` itself at eta 1."""
+    return push + (eta - 1) * along(push, axis)
 
 
 def shrink(push: Tensor, radius: float) -> Tensor:

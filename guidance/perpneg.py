@@ -18,12 +18,7 @@ from torch import Tensor
 
 from .contract import Branch, Guidance, GuidanceError, Predictions, Prompt, Setup, Step
 from .negative import check_negatives
-from .space import TINY, cosine, dot, expand
-
-
-def perpendicular(negative: Tensor, push: Tensor) -> Tensor:
-    """``negative`` without its part along ``push``, per sample, ``[B, ...]``; unchanged where ``push`` is zero."""
-    return negative - expand(dot(negative, push) / dot(push, push).clamp_min(TINY), push) * push
+from .space import cosine, perpendicular
 
 
 @dataclass(frozen=True, kw_only=True)

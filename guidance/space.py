@@ -94,3 +94,14 @@ def norm(a: Tensor) -> Tensor:
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     """Per-sample cosine of ``[B, ...]`` tensors: ``[B]``; 0 where either is zero."""
     return dot(a, b) / (norm(a) * norm(b)).clamp_min(TINY)
+
+
+def along(vector: Tensor, axis: Tensor) -> Tensor:
+    """The projection of ``vector`` on ``axis``, per sample, ``[B, ...]``; 0 where ``axis`` is."""
+    unit = axis / expand(norm(axis).clamp_min(TINY), axis)
+    return expand(dot(vector, unit), vector) * unit
+
+
+def perpendicular(vector: Tensor, axis: Tensor) -> Tensor:
+    """``vector`` without its part along ``axis``, per sample, ``[B, ...]``; unchanged where ``axis`` is 0."""
+    return vector - along(vector, axis)

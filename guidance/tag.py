@@ -25,19 +25,7 @@ from torch import Tensor
 
 from .cfg import require_guidance
 from .contract import Guidance, GuidanceError, Predictions, Setup, Step
-from .space import TINY, dot, expand, norm, residual
-
-
-def tangential(vector: Tensor, x: Tensor) -> Tensor:
-    """The part of ``vector`` that is perpendicular to ``x``, per sample, ``[B, ...]``."""
-    unit = x / expand(norm(x).clamp_min(TINY), x)
-    return vector - expand(dot(vector, unit), vector) * unit
-
-
-def along(vector: Tensor, axis: Tensor) -> Tensor:
-    """The projection of ``vector`` on ``axis``, per sample; 0 where ``axis`` is."""
-    unit = axis / expand(norm(axis).clamp_min(TINY), axis)
-    return expand(dot(vector, unit), vector) * unit
+from .space import TINY, along, norm, perpendicular, residual
 
 
 def check_eta(title: str, eta: float, least: float, neutral: str) -> None:
@@ -62,7 +50,7 @@ class TAG(Guidance):
     def finish(self, step: Step, x0: Tensor) -> Tensor:
         if self.eta == 1.0:
             return x0
-        tangent = tangential(x0, step.x)
+        tangent = perpendicular(x0, step.x)
         step.log(tangential=norm(tangent) / norm(x0).clamp_min(TINY))
         return x0 + (self.eta - 1) * tangent
 
@@ -87,7 +75,7 @@ class CTAG(Guidance):
     def term(self, step: Step, preds: Predictions) -> Tensor | None:
         if preds.uncond is None or step.weight == 1.0 or not self.eta:
             return None
-        tangent = tangential(preds.cond - preds.uncond, step.x)
+        tangent = perpendicular(preds.cond - preds.uncond, step.x)
         added = along(residual(step.x, preds.cond), tangent)
         step.log(tangential=norm(added) / norm(residual(step.x, preds.cond)).clamp_min(TINY))
         return -self.eta * added  # x0 = x - e

@@ -7,7 +7,10 @@ Everything runs in fp32: the models are tiny, and a CPU has nothing faster that 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import comfy.clip_model
 import comfy.latent_formats
@@ -152,8 +155,9 @@ def _vae(config: dict, state: dict):
     return vae
 
 
-def read(path: str | Path, part: str = "") -> tuple[dict, dict]:
-    """Configuration of a file, and the weights of one part in fp32: 'unet', 'flux' or 'text', '' for all."""
+@contextmanager
+def _opened(path: str | Path) -> Iterator[tuple[dict, Any]]:
+    """The configuration of a file, and the file open for reading."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"The demo model is missing: {path}. {WAY_OUT}")
@@ -161,14 +165,25 @@ def read(path: str | Path, part: str = "") -> tuple[dict, dict]:
         metadata = file.metadata() or {}
         if "rudder" not in metadata:
             raise ValueError(f"{path} is not a Rudder demo model (its metadata holds no 'rudder' entry). {WAY_OUT}")
-        config, prefix = json.loads(metadata["rudder"]), part and part + "."
+        yield json.loads(metadata["rudder"]), file
+
+
+def about(path: str | Path) -> dict:
+    """The configuration of a file, without its weights."""
+    with _opened(path) as (config, _):
+        return config
+
+
+def read(path: str | Path, part: str = "") -> tuple[dict, dict]:
+    """Configuration of a file, and the weights of one part in fp32: 'unet', 'flux' or 'text', '' for all."""
+    prefix = part and part + "."
+    with _opened(path) as (config, file):
         return config, {k.removeprefix(prefix): file.get_tensor(k).float() for k in file.keys() if k.startswith(prefix)}
 
 
 def load_model(path, disable_dynamic: bool = False):
     """The MODEL alone; the host calls it again when it needs a private copy of the weights."""
-    config, weights = read(path, kind_of(read(path, "nothing")[0]))
-    patcher = _model(config, weights, disable_dynamic)
+    patcher = _model(*read(path, kind_of(about(path))), disable_dynamic)
     patcher.cached_patcher_init = (load_model, (str(path),))
     return patcher
 

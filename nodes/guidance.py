@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..guidance.aapb import AAPB
 from ..guidance.blend import FixedBlend
 from ..guidance.cfg import CFG
-from ..guidance.contract import Prompt
+from ..guidance.contract import Guidance, Prompt
 from ..guidance.interval import LimitedInterval
 from ..guidance.r2f import MODES, R2F, STOP_OF_50, stop_fraction
 from ..host import add_guidance
@@ -17,6 +17,10 @@ CATEGORY = "model/patch/rudder"
 
 def model_input() -> io.Model.Input:
     return io.Model.Input("model", tooltip="The model to guide. It is not changed; the output is a patched clone.")
+
+
+def patched(model, method: Guidance) -> io.NodeOutput:
+    return io.NodeOutput(add_guidance(model, method))
 
 
 def model_output() -> io.Model.Output:
@@ -75,8 +79,8 @@ class RudderAAPB(io.ComfyNode):
     def execute(cls, model, anchor, gamma, fixed_gamma, start_percent, end_percent) -> io.NodeOutput:
         window = {"anchor": Prompt(anchor, "anchor"), "start": start_percent, "end": end_percent}
         if gamma == "fixed":
-            return io.NodeOutput(add_guidance(model, FixedBlend(gamma=fixed_gamma, **window)))
-        return io.NodeOutput(add_guidance(model, AAPB(clamp=gamma == "adaptive", **window)))
+            return patched(model, FixedBlend(gamma=fixed_gamma, **window))
+        return patched(model, AAPB(clamp=gamma == "adaptive", **window))
 
 
 class RudderFixedBlend(io.ComfyNode):
@@ -108,7 +112,7 @@ class RudderFixedBlend(io.ComfyNode):
     @classmethod
     def execute(cls, model, anchor, gamma, start_percent, end_percent) -> io.NodeOutput:
         blend = FixedBlend(anchor=Prompt(anchor, "anchor"), gamma=gamma, start=start_percent, end=end_percent)
-        return io.NodeOutput(add_guidance(model, blend))
+        return patched(model, blend)
 
 
 class RudderR2F(io.ComfyNode):
@@ -167,7 +171,7 @@ class RudderR2F(io.ComfyNode):
     def execute(cls, model, frequent, mode, level, family, stop_percent, blend_amount) -> io.NodeOutput:
         stop = stop_percent or stop_fraction(level, mode, family)
         method = R2F(frequent=Prompt(frequent, "frequent"), stop=stop, mode=mode, amount=blend_amount)
-        return io.NodeOutput(add_guidance(model, method))
+        return patched(model, method)
 
 
 class RudderLimitedInterval(io.ComfyNode):
@@ -201,7 +205,7 @@ class RudderLimitedInterval(io.ComfyNode):
     @classmethod
     def execute(cls, model, sigma_low, sigma_high, start_percent, end_percent) -> io.NodeOutput:
         method = LimitedInterval(sigma_low=sigma_low, sigma_high=sigma_high, first=start_percent, last=end_percent)
-        return io.NodeOutput(add_guidance(model, method))
+        return patched(model, method)
 
 
 class RudderCFG(io.ComfyNode):
@@ -227,7 +231,7 @@ class RudderCFG(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, weight, start_percent, end_percent) -> io.NodeOutput:
-        return io.NodeOutput(add_guidance(model, CFG(weight=weight, start=start_percent, end=end_percent)))
+        return patched(model, CFG(weight=weight, start=start_percent, end=end_percent))
 
 
 NODES = (RudderAAPB, RudderFixedBlend, RudderR2F, RudderLimitedInterval, RudderCFG)

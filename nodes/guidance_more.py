@@ -8,19 +8,14 @@ from ..guidance.adaptive import AdaptiveGuidance
 from ..guidance.apg import APG
 from ..guidance.beta_cfg import BetaCFG
 from ..guidance.cfg_zero import CFGZero
-from ..guidance.contract import Guidance, Prompt
+from ..guidance.contract import Prompt
 from ..guidance.curve import parse
 from ..guidance.negative import ExtraNegative
 from ..guidance.perpneg import PerpNeg
 from ..guidance.schedule import SHAPES, Schedule
 from ..guidance.tag import CTAG, TAG
 from ..guidance.tcfg import TCFG
-from ..host import add_guidance
-from .guidance import CATEGORY, model_input, model_output, window_inputs
-
-
-def patched(model, method: Guidance) -> io.NodeOutput:
-    return io.NodeOutput(add_guidance(model, method))
+from .guidance import CATEGORY, model_input, model_output, patched, window_inputs
 
 
 class RudderAPG(io.ComfyNode):

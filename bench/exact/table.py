@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import comfy.patcher_extension as ext
 import comfy.sample
 import comfy.samplers
 import numpy as np
@@ -30,6 +29,7 @@ from rudder.guidance.space import Parametrisation
 from rudder.host import add_guidance
 
 from .. import Options, Table
+from ..generate import counting
 from ..stats import mean_interval
 from . import pictures
 from .distances import Ruler
@@ -120,18 +120,13 @@ QUICK = Plan(batches=3, size=96, steps=12, weights=(1.0, 12.0), shown=12.0, trut
 def sample(model: Any, world: World, weight: float, count: int, steps: int, seed: int = 1) -> tuple[Tensor, list[int]]:
     """What KSampler with euler gives for the world's target, ``[count, C, H, W]``, and the evaluations of every step,
     counted by the rows that reach the network."""
-    rows, seen = [0], []
-
-    def counting(executor: Callable, x: Tensor, *args, **kwargs) -> Tensor:
-        rows[0] += len(x)
-        return executor(x, *args, **kwargs)
+    model, rows = counting(model)
+    seen: list[int] = []
 
     def each_step(index: int, denoised: Tensor, x: Tensor, total: int) -> None:
-        seen.append(rows[0] // count)
-        rows[0] = 0
+        seen.append(sum(rows) // count)
+        rows.clear()
 
-    model = model.clone()
-    model.add_wrapper_with_key(ext.WrappersMP.APPLY_MODEL, "bench", counting)
     latent = torch.zeros(count, *world.shape)
     with torch.inference_mode():
         noise = comfy.sample.prepare_noise(latent, seed)

@@ -412,7 +412,7 @@ def test_the_finished_models_draw_what_is_frequent_and_drift_where_it_is_rare(na
     from rudder.bench import judge
 
     file = demo_host.MODELS / f"{name}.safetensors"
-    if not file.is_file() or demo_host.read(file, "none")[0]["training"]["steps"] < FINISHED:
+    if not file.is_file() or demo_host.about(file)["training"]["steps"] < FINISHED:
         pytest.skip(f"{name} is still being trained")
     painter, reader = generate.Painter(file), judge.load()
     right = {}

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from rudder.guidance.cfg import cfg
 from rudder.guidance.contract import GuidanceError, Predictions
-from rudder.guidance.space import dot, norm
-from rudder.guidance.tag import CTAG, TAG, along, tangential
+from rudder.guidance.space import along, dot, norm, perpendicular
+from rudder.guidance.tag import CTAG, TAG
 
 from .tensors import at, predictions, run_step, setup, weights
 
@@ -24,7 +24,7 @@ def test_only_the_tangential_part_grows(tensors, eta):
     x, x0 = tensors
     result = TAG(eta=eta).finish(at(x), x0)
     close(dot(x, result), dot(x, x0), rtol=1e-8, atol=1e-8)
-    close(norm(tangential(result, x)), eta * norm(tangential(x0, x)), rtol=1e-8, atol=1e-8)
+    close(norm(perpendicular(result, x)), eta * norm(perpendicular(x0, x)), rtol=1e-8, atol=1e-8)
     assert torch.equal(TAG(eta=1.0).finish(at(x), x0), x0)
 
 
@@ -35,7 +35,7 @@ def test_on_x0_it_is_the_update_of_an_euler_step(tensors, eta, ratio):
     def update(x0: torch.Tensor) -> torch.Tensor:
         return (ratio - 1) * (x - x0)  # sigma_next / sigma = ratio
 
-    plain, tangent = update(x0), tangential(update(x0), x)
+    plain, tangent = update(x0), perpendicular(update(x0), x)
     close(update(TAG(eta=eta).finish(at(x), x0)), plain + (eta - 1) * tangent, rtol=1e-8, atol=1e-8)
 
 
@@ -43,7 +43,7 @@ def test_on_x0_it_is_the_update_of_an_euler_step(tensors, eta, ratio):
 def test_c_tag_is_the_rule_on_eps(tensors, weight, eta):
     x, cond, uncond = tensors
     e_c, e_u = x - cond, x - uncond
-    t = tangential(e_c - e_u, x)
+    t = perpendicular(e_c - e_u, x)
     coefficient = (dot(e_c, t) / dot(t, t).clamp_min(1e-12)).reshape(-1, *[1] * (x.ndim - 1))
     expected = x - (e_u + weight * (e_c - e_u) + eta * coefficient * t)
     result = run_step(at(x, weight=weight), Predictions(cond, uncond), CTAG(eta=eta))
@@ -64,7 +64,7 @@ def test_c_tag_at_zero_and_at_its_edges(tensors, weight):
 
 def test_axes_of_no_length():
     x, zero = torch.randn(2, 4, 3, 3), torch.zeros(2, 4, 3, 3)
-    close(tangential(x, zero), x)
+    close(perpendicular(x, zero), x)
     assert torch.equal(along(x, zero), zero)
 
 
