@@ -25,6 +25,19 @@ def scenes_of(seed: int) -> world.Scenes:
     return world.sample(np.random.default_rng([world.VERSION, 1000, seed]), SHARD)
 
 
+def cells(s: world.Scenes) -> np.ndarray:
+    """What is in each of 8x8 cells of a picture, as if objects were discs: indices of noun, attribute and texture,
+    [B, 3, 8, 8] int64; -1 where nothing is."""
+    centre = np.arange(4, world.SIZE, 8)
+    out = np.full((len(s), 3, 8, 8), -1)
+    for j in range(2):
+        square = (centre - s.x[:, j, None])[:, None] ** 2 + (centre - s.y[:, j, None])[:, :, None] ** 2
+        inside = (square < s.radius[:, j, None, None] ** 2) & (s.count > j)[:, None, None]
+        what = np.stack([s.shape[:, j], s.attribute[:, j], s.texture[:, j]], 1)
+        out = np.where(inside[:, None], what[..., None, None], out)
+    return out
+
+
 def load_vae(out: Path) -> dict:
     """The autoencoder of demo.vae in --out, or the shipped one where there is none: 'model', 'saved' (what demo.vae
     writes), and 'mean' and 'std' of the latents, [1, 16, 1, 1]."""
@@ -72,18 +85,20 @@ class Pictures:
             if seed not in self.shards:
                 self.shards[seed] = np.load(file), scenes_of(seed)
 
-    def batch(self, n: int, dropout: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents [n, 16, 16, 16] and tokens [n, length], a part `dropout` of them without a prompt."""
-        z, texts = [], []
+    def batch(self, n: int, dropout: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Latents [n, 16, 16, 16], tokens [n, length], a part `dropout` of them without a prompt, and the truth of
+        `cells` [n, 3, 8, 8]."""
+        z, texts, truth = [], [], []
         seeds = self.rng.choice(list(self.shards), n)
         for seed in np.unique(seeds):
             latents, scenes = self.shards[seed]
             at = self.rng.integers(SHARD, size=(seeds == seed).sum())
             z.append(latents[at])
+            truth.append(cells(scenes[at]))
             texts += words.captions(self.rng, scenes[at], self.slip)
         texts = ["" if self.rng.random() < dropout else t for t in texts]
         ids = self.tokenizer(texts, padding="max_length", max_length=self.length, truncation=True)["input_ids"]
-        return torch.from_numpy(np.concatenate(z)).float(), torch.tensor(ids)
+        return torch.from_numpy(np.concatenate(z)).float(), torch.tensor(ids), torch.from_numpy(np.concatenate(truth))
 
 
 def main() -> None:

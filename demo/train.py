@@ -7,7 +7,10 @@
     COMFYUI_PATH=... python -m demo.export unet --out /tmp/rudder-train             # writes the safetensors file
 
 unet: a cross-attention UNet, epsilon prediction on SD1.5's noise schedule, min-SNR weights.
-flux: a Flux transformer, rectified flow, logit-normal times.
+flux: a Flux transformer, rectified flow, logit-normal times. An auxiliary task, in the spirit of REPA (arXiv
+2410.06940), shortens the time in which the transformer learns what words mean: its hidden image tokens must name the
+noun, attribute and texture at their place. The head that reads them is not shipped. --text starts from the text
+encoder of another model, as full-size models share theirs.
 Prompts are dropped now and then, for classifier-free guidance. The schedule runs on the clock: it ends after --minutes
 of training, however fast the machine is.
 """
@@ -39,6 +42,8 @@ FLUX = {"image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_siz
 TEXT = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 4 * WIDTH,
         "hidden_act": "quick_gelu", "max_position_embeddings": TOKENS, "layer_norm_eps": 1e-5}
 SNR_CAP, PROMPT_DROPOUT, EMA = 5.0, 0.1, 0.999
+KINDS = (len(world.NOUNS), len(world.ATTRIBUTES), len(world.TEXTURES))  # what the auxiliary task tells apart
+NAMING = 0.05  # weight of the auxiliary task
 
 
 def configuration(kind: str, vae: dict, tokenizer) -> dict:
@@ -64,6 +69,10 @@ class Networks(torch.nn.Module):
         torch.nn.init.normal_(tables.token_embedding.weight, std=0.5)
         torch.nn.init.normal_(tables.position_embedding.weight, std=0.02)
         self.forward = self.flow if "flux" in config else self.epsilon
+        if "flux" in config:
+            self.head = torch.nn.Sequential(torch.nn.LayerNorm(FLUX["hidden_size"]),
+                                            torch.nn.Linear(FLUX["hidden_size"], sum(KINDS)))
+            self.net.double_blocks[-1].register_forward_hook(lambda *args: setattr(self, "hidden", args[-1][0]))
         for module in self.net.modules():  # the host adds to a block's input in place: the norm keeps its own copy
             if isinstance(module, torch.nn.LayerNorm):
                 module.register_forward_pre_hook(lambda _, args: (args[0].clone(),))
@@ -73,7 +82,7 @@ class Networks(torch.nn.Module):
             return x + self.mlp(self.layer_norm2(x))
         comfy.clip_model.CLIPLayer.forward = layer
 
-    def epsilon(self, z: torch.Tensor, tokens: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    def epsilon(self, z: torch.Tensor, tokens: torch.Tensor, u: torch.Tensor, _) -> torch.Tensor:
         """Min-SNR weighted loss. z [B, 16, 16, 16] normalised latents, tokens [B, 24], u [B] uniform in 0..1."""
         t = (u * 1000).long().clamp(max=999)
         sigma = self.sampling.sigmas[t].view(-1, 1, 1, 1)
@@ -83,13 +92,17 @@ class Networks(torch.nn.Module):
         weight = (SNR_CAP * sigma.flatten() ** 2).clamp(max=1)  # min(SNR, cap) / SNR with SNR = 1 / sigma^2
         return (weight * (error**2).mean((1, 2, 3))).mean()
 
-    def flow(self, z: torch.Tensor, tokens: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        """Rectified flow: x_t = (1 - t) z + t noise, target noise - z, t logit-normal from the uniform u."""
+    def flow(self, z: torch.Tensor, tokens: torch.Tensor, u: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+        """Rectified flow: x_t = (1 - t) z + t noise, target noise - z, t logit-normal from the uniform u; and what the
+        hidden image tokens say is where. truth [B, 3, 8, 8]."""
         t = torch.sigmoid(torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4))).view(-1, 1, 1, 1)
         noise = torch.randn_like(z)
         text = self.text(tokens)
         error = self.net((1 - t) * z + t * noise, t.flatten(), text[0].float(), text[3].float()).float() - (noise - z)
-        return (error**2).mean()
+        names = self.head(self.hidden).float().movedim(-1, 1).split(KINDS, 1)
+        wrong = sum(torch.nn.functional.cross_entropy(said, true, ignore_index=-1)
+                    for said, true in zip(names, truth.flatten(2).unbind(1)))
+        return (error**2).mean() + NAMING * wrong
 
 
 def optimizers(kind: str, net: Networks, lr: float) -> list[torch.optim.Optimizer]:
@@ -129,10 +142,11 @@ def work(rank: int, processes: int, arg: argparse.Namespace) -> None:
     net = Networks(demo, config)
     if arg.start:
         start_from(net, arg.kind, arg.start)
+    if arg.text:
+        print(adopt(net.text, arg.text, "text.clip_l.transformer."), "tensors of the text encoder", flush=True)
     optimizer = optimizers(arg.kind, net, arg.lr)
     parameters = [p for o in optimizer for g in o.param_groups for p in g["params"]]
-    chosen = {id(p) for p in parameters}
-    names = {id(p): k for k, p in net.named_parameters() if id(p) in chosen}
+    names = {id(p): k for k, p in net.named_parameters()}
     ema = {names[id(p)]: p.detach().clone() for p in parameters}
     step, before, path = 0, 0.0, arg.out / f"{arg.kind}.pt"
     if path.exists():
@@ -153,10 +167,10 @@ def work(rank: int, processes: int, arg: argparse.Namespace) -> None:
     while clock.item() < 1:
         for group in (g for o in optimizer for g in o.param_groups):
             group["lr"] = rate(clock.item(), arg.lr)
-        z, tokens = pictures.batch(n, PROMPT_DROPOUT)
+        z, tokens, truth = pictures.batch(n, PROMPT_DROPOUT)
         u = (torch.randperm(n) + torch.rand(n)) / n  # stratified noise levels
         with torch.autocast("cpu", torch.bfloat16):
-            loss = net(z, tokens, u)
+            loss = net(z, tokens, u, truth)
         loss.backward()
         seconds = before + time.time() - start
         clock.fill_(seconds / (60 * arg.minutes))
@@ -198,6 +212,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=29517, help="where the processes meet")
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--start", type=Path, help="a shipped model to go on from")
+    parser.add_argument("--text", type=Path, help="a shipped model whose text encoder to start from")
     parser.add_argument("--out", type=Path, required=True)
     arg = parser.parse_args()
     in_parallel(work, arg.processes, arg, port=arg.port)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from rudder.demo import draw, tokenizer, words, world
+from rudder.demo.data import cells
 
 COLOR = np.array(list(world.COLORS.values()), float)
 
@@ -166,3 +167,15 @@ def test_every_word_of_the_world_is_one_token():
     for word in words.VOCABULARY:
         assert tokenizer.pieces(word, rank) == [word + "</w>"]
     assert len(tokenizer.pieces("frog", rank)) > 1
+
+
+def test_cells_name_what_is_there():
+    s = world.sample(np.random.default_rng(3), 60, pairs=0.5)
+    _, masks = draw.render(s)
+    truth = cells(s)
+    assert truth.shape == (60, 3, 8, 8) and (truth[:, 0, 0, 0] == -1).all()  # objects stay away from the corners
+    for i in range(60):
+        there = {tuple(t) for t in truth[i].reshape(3, -1).T if t[0] >= 0}
+        assert there == {(s.shape[i, j], s.attribute[i, j], s.texture[i, j]) for j in range(s.count[i])}
+    covered = masks.max(1).reshape(60, 8, 8, 8, 8).mean((2, 4)) > 0.5  # cells that objects fill by half or more
+    assert (truth[:, 0] >= 0)[covered].mean() > 0.85
