@@ -6,11 +6,15 @@
     COMFYUI_PATH=... python -m demo.train flux --minutes 99 --out /tmp/rudder-train
     COMFYUI_PATH=... python -m demo.export unet --out /tmp/rudder-train             # writes the safetensors file
 
-unet: a cross-attention UNet, epsilon prediction on SD1.5's noise schedule, min-SNR weights.
-flux: a Flux transformer, rectified flow, logit-normal times. An auxiliary task, in the spirit of REPA (arXiv
-2410.06940), shortens the time in which the transformer learns what words mean: its hidden image tokens must name the
-noun, attribute and texture at their place. The head that reads them is not shipped. --text starts from the text
-encoder of another model, as full-size models share theirs.
+Both learn most at high noise: colours and background are most of a latent's variance, so what a prompt says of shape
+and attribute is decided where noise / signal is 2 to 12, and below 1 it can be seen without a prompt.
+
+unet: a cross-attention UNet, epsilon prediction on SD1.5's noise schedule, min-SNR weights; above HIGH the error of x0
+counts instead, because eps is easy there.
+flux: a Flux transformer, rectified flow, logit-normal times shifted to high noise. An auxiliary task, in the spirit of
+REPA (arXiv 2410.06940, recalled), shortens the time in which the transformer learns what words mean: its hidden image
+tokens must name the noun, attribute and texture at their place. The head that reads them is not shipped. --text starts
+from the text encoder of another model, as full-size models share theirs.
 Prompts are dropped now and then, for classifier-free guidance. The schedule runs on the clock: it ends after --minutes
 of training, however fast the machine is.
 """
@@ -42,6 +46,8 @@ FLUX = {"image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_siz
 TEXT = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 4 * WIDTH,
         "hidden_act": "quick_gelu", "max_position_embeddings": TOKENS, "layer_norm_eps": 1e-5}
 SNR_CAP, PROMPT_DROPOUT, EMA = 5.0, 0.1, 0.999
+HIGH = 2.0  # sigma from which the UNet's loss is that of x0, up to a factor
+SHIFT = 0.8  # of the transformer's logit-normal times; see the module's docstring
 KINDS = (len(world.NOUNS), len(world.ATTRIBUTES), len(world.TEXTURES))  # what the auxiliary task tells apart
 NAMING = 0.05  # weight of the auxiliary task
 
@@ -83,19 +89,21 @@ class Networks(torch.nn.Module):
         comfy.clip_model.CLIPLayer.forward = layer
 
     def epsilon(self, z: torch.Tensor, tokens: torch.Tensor, u: torch.Tensor, _) -> torch.Tensor:
-        """Min-SNR weighted loss. z [B, 16, 16, 16] normalised latents, tokens [B, 24], u [B] uniform in 0..1."""
+        """Loss with min-SNR weights, above HIGH with those of x0. z [B, 16, 16, 16] normalised latents, tokens [B, 24],
+        u [B] uniform in 0..1."""
         t = (u * 1000).long().clamp(max=999)
         sigma = self.sampling.sigmas[t].view(-1, 1, 1, 1)
         noise = torch.randn_like(z)
         noisy = (z + sigma * noise) / (1 + sigma**2).sqrt()
         error = self.net(noisy, t, self.text(tokens)[0].float()).float() - noise
         weight = (SNR_CAP * sigma.flatten() ** 2).clamp(max=1)  # min(SNR, cap) / SNR with SNR = 1 / sigma^2
+        weight = weight * (sigma.flatten() / HIGH).clamp(min=1) ** 2
         return (weight * (error**2).mean((1, 2, 3))).mean()
 
     def flow(self, z: torch.Tensor, tokens: torch.Tensor, u: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
         """Rectified flow: x_t = (1 - t) z + t noise, target noise - z, t logit-normal from the uniform u; and what the
         hidden image tokens say is where. truth [B, 3, 8, 8]."""
-        t = torch.sigmoid(torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4))).view(-1, 1, 1, 1)
+        t = torch.sigmoid(torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4)) + SHIFT).view(-1, 1, 1, 1)
         noise = torch.randn_like(z)
         text = self.text(tokens)
         error = self.net((1 - t) * z + t * noise, t.flatten(), text[0].float(), text[3].float()).float() - (noise - z)
