@@ -23,8 +23,12 @@ different ranks or share a role in ``claims``, so the wiring never decides the r
      4  when guidance ends, with what is left without it  Adaptive Guidance
      5  the guided blend; the push as a whole             AAPB; APG
      6  the result                                        TAG
+     7, 8  terms beside it                                AutoGuidance, InstructPix2Pix
 
 A method acts only while the noise level is inside its ``[start, end]`` window, so no method has to code that itself.
+
+What depends on an earlier answer cannot ride in the batched call: such a method asks ``Step.evaluate`` for further
+predictions at another latent and noise level, from any stage after ``branches``. Each is counted as an evaluation.
 """
 
 from __future__ import annotations
@@ -69,7 +73,24 @@ class Mix:
         return f"{self.amount:g} {self.prompt.name} in positive"
 
 
-Branch = Prompt | Mix
+@dataclass(frozen=True)
+class Variant:
+    """A branch seen in another way: by another MODEL, or without the image that it shows the model.
+
+    ``of`` is "cond" (whichever prompt plays it at the step), "uncond" (the guider's own) or another branch.
+    """
+
+    of: str | Branch
+    model: Any = None
+    image: bool = True
+
+    @property
+    def name(self) -> str:
+        role = {"cond": "positive", "uncond": "negative"}.get(self.of) if isinstance(self.of, str) else self.of.name
+        return f"{role}{'' if self.image else ' without image'}{'' if self.model is None else ' by another model'}"
+
+
+Branch = Prompt | Mix | Variant
 
 
 @dataclass(frozen=True)
@@ -106,6 +127,9 @@ class Step:
         preds: the predictions after the ``refine`` stage, for the stages that follow it.
         parametrisation: what sigma means.
         generator: CPU generator of this run, seeded with the run's seed.
+        evaluate: ``evaluate(x, sigma, *roles)`` are the model's x0 predictions at the latents ``x`` (as ``Step.x``) and
+            the noise level ``sigma`` (a number above 0), one for each of ``roles`` ("cond", "uncond"), in one batched
+            call. The conditionings, and the strength of scheduled LoRA hooks, are those of the step.
     """
 
     x: Tensor
@@ -121,6 +145,7 @@ class Step:
     percent_to_sigma: Callable[[float], float] = float
     states: dict[int, dict] = field(default_factory=dict)
     record: dict[str, Any] | None = None
+    evaluate: Callable[..., list[Tensor]] | None = None
 
     @property
     def steps(self) -> int:

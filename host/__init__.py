@@ -2,5 +2,6 @@
 
 from .patch import add_guidance
 from .run import plan_of
+from .second import companion
 
-__all__ = ["add_guidance", "plan_of"]
+__all__ = ["add_guidance", "companion", "plan_of"]

@@ -6,19 +6,21 @@ timestep ranges and hooks of an anchor are handled by the host's own code.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import comfy.hooks
 import comfy.sampler_helpers as helpers
 import comfy.samplers as samplers
 import torch
 
-from ..guidance.contract import Branch, GuidanceError, Mix, Prompt
+from ..guidance.contract import Branch, GuidanceError, Mix, Prompt, Variant
 
 Conds = list[dict]
 TENSORS = {"cross_attn": "text features", "pooled_output": "pooled features"}
+IMAGES = {"concat_latent_image", "concat_mask", "concat_image", "reference_latents"}  # what shows a model an image
 PARTIAL = {"strength", "area", "mask", "start_percent", "end_percent", "clip_start_percent", "default"}
 
 
@@ -59,6 +61,8 @@ def _same_entry(a: dict, b: dict) -> bool:
 def _same_value(a: object, b: object) -> bool:
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return a is b or (a.shape == b.shape and torch.equal(a, b))
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_same_value, a, b))
     if isinstance(a, (bool, int, float, str, tuple)) and isinstance(b, (bool, int, float, str, tuple)):
         return a == b
     return a is b
@@ -91,16 +95,47 @@ def mixed(mix: Mix, positive: Conds) -> Conds:
     return out
 
 
-def convert_branches(branches: Iterable[Branch], positive: Conds) -> dict[Branch, Conds]:
-    """Every branch of a plan as the guider's conds; duplicates fall together."""
+def convert_branches(branches: Iterable[Branch], own: dict[str, Conds]) -> dict[Branch, Conds]:
+    """Every branch of a plan as the guider's conds; duplicates fall together. ``own``: the guider's, by role."""
     out: dict[Branch, Conds] = {}
     for branch in branches:
         if branch in out:
             continue
+        if isinstance(branch, Variant):
+            of = branch.of
+            out[branch] = varied(branch, own[of] if isinstance(of, str) else convert_branches([of], own)[of])
+            continue
         prompt = branch.prompt if isinstance(branch, Mix) else branch
-        check_encoder(prompt.name, converted(prompt), positive)
-        out[branch] = mixed(branch, positive) if isinstance(branch, Mix) else converted(branch)
+        check_encoder(prompt.name, converted(prompt), own["cond"])
+        out[branch] = mixed(branch, own["cond"]) if isinstance(branch, Mix) else converted(branch)
     return out
+
+
+def varied(variant: Variant, conds: Conds) -> Conds:
+    """Copies without their image, or with the other model among those that the host loads for them."""
+    out = [{**entry, "uuid": uuid.uuid4(), "model_conds": {}} for entry in conds]
+    if not variant.image:
+        if not any(IMAGES & set(entry) for entry in out):
+            raise GuidanceError(
+                f"The {Variant(variant.of).name} conditioning shows the model no image, so there is no {variant.name}. "
+                "Send both prompts through InstructPixToPixConditioning (or the image conditioning node of your "
+                "model), or give the base conditioning yourself."
+            )
+        out = [{key: value for key, value in entry.items() if key not in IMAGES} for entry in out]
+    if variant.model is not None:
+        for entry in out:
+            entry.pop("hooks", None)  # they are registered with the sampler's model
+        out[0]["additional_models"] = [*out[0].get("additional_models", []), variant.model]
+    return out
+
+
+def same_to_the_model(a: Conds, b: Conds) -> bool:
+    """Whether the model makes the same of two processed conds, entry by entry."""
+    return len(a) == len(b) and all(
+        x["model_conds"].keys() == y["model_conds"].keys()
+        and all(_same_value(x["model_conds"][k].cond, y["model_conds"][k].cond) for k in x["model_conds"])
+        for x, y in zip(a, b)
+    )
 
 
 def likeness(own: dict[str, Conds]) -> Callable[[Prompt], str | None]:
@@ -124,6 +159,30 @@ def is_partial(conds: Conds) -> bool:
 def acts(conds: Conds, sigma: float) -> bool:
     """Whether the host evaluates any of these processed conds at this noise level."""
     return any(c.get("timestep_end", 0.0) <= sigma <= c.get("timestep_start", math.inf) for c in conds)
+
+
+def apart(conds: Conds | None) -> Conds | None:
+    """The same conds under other, stable uuids: cache packs (EasyCache) key on them, and must not take a look at
+    another noise level for the next step."""
+    return conds and [{**entry, "uuid": uuid.uuid5(entry["uuid"], "elsewhere")} for entry in conds]
+
+
+@contextlib.contextmanager
+def frozen_schedules(conds: Iterable[Conds | None], sigma: torch.Tensor) -> Iterator[None]:
+    """Let scheduled hooks keep the strength of the step during a call at ``sigma``: the host only moves them onwards.
+
+    A schedule does nothing when it believes that it has been asked at this noise level already.
+    """
+    hooks = [hook for entries in conds if entries for c in entries if c.get("hooks") for hook in c["hooks"].hooks]
+    schedules = {id(hook.hook_keyframe): hook.hook_keyframe for hook in hooks}.values()
+    before = [(schedule, schedule._curr_t) for schedule in schedules]
+    try:
+        for schedule in schedules:
+            schedule._curr_t = sigma
+        yield
+    finally:
+        for schedule, level in before:
+            schedule._curr_t = level
 
 
 def join(guider: samplers.CFGGuider, conds: dict[str, Conds]) -> None:

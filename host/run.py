@@ -6,10 +6,11 @@ when sampling starts and gone when it ends, is cancelled or raises.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import comfy.model_sampling
@@ -18,10 +19,11 @@ import comfy.samplers as samplers
 import torch
 from torch import Tensor
 
-from ..guidance.contract import Branch, GuidanceError, Plan, Predictions, Prompt, Setup, Step, overrides
+from ..guidance.contract import Branch, GuidanceError, Plan, Predictions, Prompt, Setup, Step, Variant, overrides
 from ..guidance.space import Parametrisation, cosine, norm, residual
 from ..guidance.trace import Trace, plain
 from . import conds
+from .second import SecondModel
 
 log = logging.getLogger("rudder")
 
@@ -44,7 +46,7 @@ def sample(executor: Callable, noise: Tensor, latent_image: Tensor, sampler: Any
     seed = args[3] if len(args) > 3 else kwargs.get("seed")
     own_conds, own_patcher = guider.conds, guider.model_patcher
     try:
-        run = Run(guider, plan, sigmas, seed)
+        run = Run(guider, plan, sigmas, seed, kwargs.get("latent_shapes"))
         # Appended last, so they run innermost: wrappers of others (cfg overrides, step caches) see them as the guider.
         for kind, wrapper in (
             (ext.WrappersMP.PREPARE_SAMPLING, run.reserve_memory),
@@ -100,6 +102,20 @@ def covered(pred: Tensor, fallback: Tensor) -> Tensor:
     return torch.where((pred != 0).any(dim=1, keepdim=True), pred, fallback)
 
 
+def asked_for(plan: Plan) -> list[Branch]:
+    """Every branch that a run may need: also what a variant of the positive is while another prompt plays it."""
+    branches = [branch for method in plan for branch in method.prompts()]
+    players = [branch for method in plan if overrides(method, "sources") for branch in method.prompts()]
+    variants = [branch for branch in branches if isinstance(branch, Variant) and branch.of == "cond"]
+    return branches + [dataclasses.replace(variant, of=player) for variant in variants for player in players]
+
+
+def as_played(branch: Branch, sources: Mapping[str, Branch]) -> Branch:
+    """``branch``; a variant of the positive as that of the prompt which plays it at this step."""
+    played = isinstance(branch, Variant) and branch.of == "cond" and "cond" in sources
+    return dataclasses.replace(branch, of=sources["cond"]) if played else branch
+
+
 def describe(function: Callable) -> str:
     return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', type(function).__name__)}"
 
@@ -107,10 +123,13 @@ def describe(function: Callable) -> str:
 class Run:
     """The state of one sampling. Everything a method remembers lives in ``self.states``."""
 
-    def __init__(self, guider: samplers.CFGGuider, plan: Plan, sigmas: Tensor, seed: int | None) -> None:
+    def __init__(
+        self, guider: samplers.CFGGuider, plan: Plan, sigmas: Tensor, seed: int | None, latent_shapes: list | None
+    ) -> None:
         self.plan = tuple(sorted(plan, key=lambda method: method.rank))  # stable: wiring order inside a rank
         self.sigmas = sigmas.detach().float().cpu()
         self.generator = torch.Generator().manual_seed(seed or 0)
+        self.inputs = {"seed": seed, "latent_shapes": latent_shapes}
         self.states: dict[int, dict] = {}
         model_sampling = guider.model_patcher.get_model_object("model_sampling")
         self.parametrisation = parametrisation_of(model_sampling)
@@ -120,10 +139,17 @@ class Run:
         self.evaluations = self.calls = 0
         self.cfg = float(guider.cfg)
 
-        branches = conds.convert_branches((b for method in plan for b in method.prompts()), guider.conds["positive"])
+        branches = conds.convert_branches(asked_for(plan), {
+            "cond": guider.conds["positive"], "uncond": guider.conds.get("negative") or [],
+        })  # fmt: skip
         self.partial = {b for b, entries in branches.items() if isinstance(b, Prompt) and conds.is_partial(entries)}
         self.keys: dict[Branch, str] = {branch: f"rudder_{i}" for i, branch in enumerate(branches)}
         self.owners = {entry["uuid"]: self.keys[branch] for branch, entries in branches.items() for entry in entries}
+        others = dict.fromkeys(b.model for b in branches if isinstance(b, Variant) and b.model is not None)
+        self.seconds = {id(model): SecondModel(model) for model in others}
+        if any(second.patcher.model is guider.model_patcher.model for second in self.seconds.values()):
+            raise GuidanceError(f"{self.titles()}: the other model shares its weights with the sampler's model, and "
+                                "only one version can be loaded at a time. Load it with a loader node of its own.")
         self.check(guider, conds.likeness(guider.original_conds))
         conds.join(guider, {self.keys[branch]: entries for branch, entries in branches.items()})
 
@@ -200,7 +226,32 @@ class Run:
             name: [entry for entry in entries if self.owners.get(entry["uuid"], name) == name]
             for name, entries in guider.conds.items()
         }
-        return executor(guider, *args, **kwargs)
+        noise, latent_image, denoise_mask = args[3:6]
+        what = {"latent_image": latent_image, "denoise_mask": denoise_mask, **self.inputs}
+        for branch, key in self.keys.items():
+            self.prepare(branch, key, guider, noise, what)
+        try:
+            for second in self.seconds.values():
+                second.begin(args[0])
+            return executor(guider, *args, **kwargs)
+        finally:
+            for second in self.seconds.values():
+                second.end()
+
+    def prepare(self, branch: Branch, key: str, guider: samplers.CFGGuider, noise: Tensor, what: dict) -> None:
+        """What the host does not do for a variant: encode it by its own model, find out whether the image is seen."""
+        if not isinstance(branch, Variant):
+            return
+        if branch.model is not None:
+            role = {"cond": "positive", "uncond": "negative"}.get(branch.of, key)
+            second = self.seconds[id(branch.model)]
+            guider.conds[key] = second.encoded(guider.conds[key], noise, role, **what)
+        elif not branch.image and branch.of == "uncond":
+            if conds.same_to_the_model(guider.conds[key], guider.conds["negative"]):
+                raise GuidanceError(
+                    f"{self.titles()}: this model takes no image, it does not see what the negative conditioning shows "
+                    "it. Use a model for editing (InstructPix2Pix, CosXL edit), or remove the node."
+                )
 
     def predict_noise(
         self,
@@ -215,12 +266,15 @@ class Run:
         step = self.step(x, timestep, self.states)
         plan = self.active(step)
         step.weight = self.weight(step, plan, float(guider.cfg))
+        before = self.evaluations
         plain_preds, roles = self.evaluate(guider, step, plan, options)
         step.plain = preds = plain_preds
         for method in plan:
             preds = method.refine(step, preds)
         step.preds = preds
         x0 = self.combine(guider, step, plan, preds, roles, options)
+        self.calls += 1
+        step.log(evaluations=self.evaluations - before)
         self.record(step, plain_preds, preds)
         return x0
 
@@ -237,6 +291,8 @@ class Run:
         extra = list(dict.fromkeys(b for method in plan for b in method.branches(step) if b != sources.get("cond")))
         own = (guider.conds["positive"], guider.conds.get("negative"))
         roles = [guider.conds[self.keys[sources[r]]] if r in sources else entries for r, entries in zip(ROLES, own)]
+        fill = [entries if sources.get(r) in self.partial else None for r, entries in zip(ROLES, own)]
+        step.evaluate = functools.partial(self.look_elsewhere, guider, options, dict(zip(ROLES, zip(roles, fill))))
         unguided = math.isclose(step.weight, 1.0)
         needs_uncond = options.get("disable_cfg1_optimization", False) or any(method.needs_uncond for method in plan)
         if unguided and not needs_uncond:
@@ -246,15 +302,14 @@ class Run:
                 f"The guidance weight is {step.weight:g} but the guider has no negative conditioning. Use CFGGuider or "
                 "KSampler with a negative (an empty prompt will do), or keep the weight at 1."
             )
-        gaps = [i for i, r in enumerate(ROLES) if sources.get(r) in self.partial and roles[i] and own[i]]
-        more = [*(guider.conds[self.keys[b]] for b in extra), *(own[i] for i in gaps)]
-        out, others = self.call_model(guider, step, options, roles, more)
-        for i, fallback in zip(gaps, others[len(extra):]):
-            out[i] = covered(out[i], fallback)
-        evaluations = sum(conds.acts(entries, step.level) for entries in [*roles, *more] if entries)
-        step.log(evaluations=evaluations)
-        self.evaluations += evaluations
-        self.calls += 1
+        asked = {branch: as_played(branch, sources) for branch in extra}
+        here = [branch for branch in extra if getattr(branch, "model", None) is None]
+        more = [guider.conds[self.keys[asked[branch]]] for branch in here]
+        out, others = self.call_model(guider, options, step.x, step.sigma, roles, fill, more)
+        others = dict(zip(here, others))
+        for branch in extra:
+            if branch not in others:
+                others[branch] = self.call_second(guider.conds[self.keys[asked[branch]]], branch, step)
 
         for function in options.get("sampler_pre_cfg_function", []):
             out = function(
@@ -262,23 +317,52 @@ class Run:
                  "sigma": step.sigma, "model": guider.inner_model, "model_options": options}
             )
         cond = out[0]
-        predictions = {b: covered(pred, cond) if b in self.partial else pred for b, pred in zip(extra, others)}
+        predictions = {b: covered(pred, cond) if b in self.partial else pred for b, pred in others.items()}
         if "cond" in sources:
             predictions[sources["cond"]] = cond
         return Predictions(cond, out[1] if roles[1] is not None else None, predictions), roles
 
     def call_model(
-        self, guider: samplers.CFGGuider, step: Step, options: dict, roles: list, extra: list
+        self, guider: samplers.CFGGuider, options: dict, x: Tensor, sigma: Tensor, roles: Sequence, fill: Sequence,
+        extra: Sequence[list[dict]] = (),
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Evaluate in the host. A foreign batch function expects exactly cond and uncond, so it gets just those."""
+        """Evaluate the conds of cond and uncond (None is left out) and ``extra`` in the host, and count.
+
+        ``fill``: conds that stand in where a role leaves parts of the picture or of the run uncovered, None for none.
+        A foreign batch function expects exactly cond and uncond, so it gets just those.
+        """
         model = guider.inner_model
+        gaps = [i for i in range(len(ROLES)) if roles[i] and fill[i]]
+        more = [*extra, *(fill[i] for i in gaps)]
         foreign = options.get("sampler_calc_cond_batch_function")
         if foreign is None:
-            out = samplers.calc_cond_batch(model, [*roles, *extra], step.x, step.sigma, options)
-            return list(out[:2]), list(out[2:])
-        arguments = {"conds": roles, "input": step.x, "sigma": step.sigma, "model": model, "model_options": options}
-        others = samplers.calc_cond_batch(model, extra, step.x, step.sigma, options) if extra else []
-        return foreign(arguments), others
+            out = samplers.calc_cond_batch(model, [*roles, *more], x, sigma, options)
+            out, others = list(out[:2]), list(out[2:])
+        else:
+            others = samplers.calc_cond_batch(model, more, x, sigma, options) if more else []
+            out = foreign({"conds": roles, "input": x, "sigma": sigma, "model": model, "model_options": options})
+        for i, fallback in zip(gaps, others[len(extra):]):
+            out[i] = covered(out[i], fallback)
+        level = float(sigma.max())
+        self.evaluations += sum(conds.acts(entries, level) for entries in [*roles, *more] if entries)
+        return out, others[:len(extra)]
+
+    def call_second(self, entries: list[dict], branch: Variant, step: Step) -> Tensor:
+        self.evaluations += conds.acts(entries, step.level)
+        return self.seconds[id(branch.model)].predict(entries, step.x, step.sigma)
+
+    def look_elsewhere(
+        self, guider: samplers.CFGGuider, options: dict, entries: dict[str, tuple], x: Tensor, sigma: float, *roles: str
+    ) -> list[Tensor]:
+        """``Step.evaluate``. Other packs' pre-CFG functions are about the step itself, so they are not called."""
+        asked, fill = zip(*(map(conds.apart, entries[role]) if role in roles else (None, None) for role in ROLES))
+        if missing := [role for role, entry in zip(ROLES, asked) if role in roles and entry is None]:
+            raise GuidanceError(f"{self.titles()}: the guider has no conditioning for '{missing[0]}'. Use KSampler or "
+                                "CFGGuider with a positive and a negative (an empty prompt will do).")
+        sigmas = torch.full((len(x),), sigma, dtype=x.dtype, device=x.device)
+        with conds.frozen_schedules([*asked, *fill], sigmas[0]):
+            out, _ = self.call_model(guider, options, x, sigmas, asked, fill)
+        return [out[ROLES.index(role)] for role in roles]
 
     def combine(
         self, guider: samplers.CFGGuider, step: Step, plan: Plan, preds: Predictions, roles: list, options: dict

@@ -1,0 +1,102 @@
+"""A second MODEL in one run: checked and given weights of its own when wired, loaded with the first, asked each step.
+
+The host loads it in the same call as the sampler's own MODEL, because a conditioning names it among its models.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_patcher
+import comfy.model_sampling
+import comfy.patcher_extension as ext
+import comfy.samplers as samplers
+from torch import Tensor
+
+from ..guidance.contract import GuidanceError
+
+Conds = list[dict]
+WIDTHS = {"context_dim": "text features", "context_in_dim": "text features", "adm_in_channels": "pooled features",
+          "vec_in_dim": "pooled features"}
+
+
+def companion(model: Any, other: Any, name: str) -> Any:
+    """``other``, ready to be evaluated in the runs of ``model``; as a copy if the two share their weights.
+
+    A LoRA or a merge is a patch on weights that all clones of a MODEL share, and the host keeps one version loaded at a
+    time: it would load the other again at every step. A copy is read from the file as the loader node did.
+
+    Raises:
+        GuidanceError: the two do not speak of the same latents, noise levels or prompts, or cannot be told apart.
+    """
+    check_pair(model, other, name)
+    if other.model is not model.model:
+        return other
+    if other.clone_has_same_weights(model) and other.model_options == model.model_options:
+        raise GuidanceError(
+            f"The {name} is the same as the model, so there is no difference to guide by. Wire in a worse one: an "
+            "earlier or smaller checkpoint, or this one with a patch that weakens it (UNetSelfAttentionMultiply)."
+        )
+    if other.cached_patcher_init is None:
+        raise GuidanceError(
+            f"The {name} is a patched version of the model and shares its weights, and its loader node offers no way "
+            "to load them a second time. Load both with a core loader node, or save the patched one as a checkpoint "
+            "(ModelSave) and load that."
+        )
+    factory, arguments, *index = other.cached_patcher_init
+    fresh = factory(*arguments)
+    return other.clone(model_override=(fresh[index[0]] if index else fresh).get_clone_model_override())
+
+
+def check_pair(model: Any, other: Any, name: str) -> None:
+    """Refuse a pair whose predictions cannot be compared."""
+
+    def both(what: str, ours: Any, theirs: Any, way_out: str) -> None:
+        if ours != theirs:
+            raise GuidanceError(f"The {name} has {what} {theirs} and the model {ours}. {way_out}")
+
+    formats = [type(m.model.latent_format).__name__ for m in (model, other)]
+    both("latents of the kind", *formats, "Use two models of one family, which share a VAE.")
+    flows = [isinstance(m.get_model_object("model_sampling"), comfy.model_sampling.CONST) for m in (model, other)]
+    both("noise levels of the kind", *("flow" if flow else "diffusion" for flow in flows),
+         "They mean different things; use two models of one kind.")
+    configs = [m.model.model_config.unet_config for m in (model, other)]
+    for key, what in WIDTHS.items():
+        widths = [config.get(key) for config in configs]
+        if None not in widths:
+            both(f"{what} of width", *widths, "They need different text encoders; use two models of one family.")
+
+
+class SecondModel:
+    """One run of a second MODEL. Its own patches and wrappers count; its functions around CFG do not."""
+
+    def __init__(self, patcher: Any) -> None:
+        self.patcher = patcher
+        self.options = comfy.model_patcher.create_model_options_clone(patcher.model_options)
+        transformer = self.options.setdefault("transformer_options", {})
+        for name, own in (("wrappers", patcher.wrappers), ("callbacks", patcher.callbacks)):
+            ext.merge_nested_dicts(transformer.setdefault(name, {}), own, copy_dict1=False)
+            ext.merge_nested_dicts(self.options.setdefault("to_load_options", {}).setdefault(name, {}),
+                                   transformer[name], copy_dict1=False)
+
+    def begin(self, sigmas: Tensor) -> None:
+        """After the host has loaded it."""
+        samplers.cast_to_load_options(self.options, device=self.patcher.load_device, dtype=self.patcher.model_dtype())
+        self.options["transformer_options"]["sample_sigmas"] = sigmas
+        self.patcher.pre_run()
+
+    def encoded(self, conds: Conds, noise: Tensor, role: str, **what) -> Conds:
+        """``conds``, processed for the first model, with what this model makes of them in place of what that made."""
+        bare = [{**entry, "model_conds": {}} for entry in conds]
+        for entry in bare:
+            entry.pop("hooks", None)  # LoRA hooks are registered with the first model
+        return samplers.encode_model_conds(
+            self.patcher.model.extra_conds, bare, noise, self.patcher.load_device, role, **what
+        )
+
+    def predict(self, conds: Conds, x: Tensor, sigma: Tensor) -> Tensor:
+        return samplers.calc_cond_batch(self.patcher.model, [conds], x, sigma, self.options)[0]
+
+    def end(self) -> None:
+        self.patcher.cleanup()
+        samplers.cast_to_load_options(self.options, device=self.patcher.offload_device)
