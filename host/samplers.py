@@ -1,0 +1,268 @@
+"""Samplers of our own in the host: the solver is pure (``inversion/``), here it meets the guider.
+
+Solvers that guide ask the guider for one prediction at a weight of *their* choice, step by step, by setting the
+guider's cfg for the time of the call. So whatever else shapes guidance on the MODEL (a plan of ours, CFG functions of
+other packs) does so at that weight, as it would under the same weights with any other sampler.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.samplers as samplers
+import torch
+from comfy.utils import model_trange
+from torch import Tensor
+
+from ..guidance.contract import GuidanceError
+from ..guidance.space import Parametrisation
+from ..inversion.cfg_pp import CFGPP
+from ..inversion.solver import Denoiser
+from ..inversion.w2sd import W2SD
+from .run import parametrisation_of, plan_of
+
+log = logging.getLogger("rudder")
+
+NOISE_SEED = 1  # added to the run's seed: the seed itself drew the noise that the run started from
+
+
+def cfg_pp(method: CFGPP) -> samplers.KSAMPLER:
+    """``method`` as a SAMPLER."""
+    return samplers.KSAMPLER(sample_cfg_pp, {"method": method})
+
+
+@torch.no_grad()
+def sample_cfg_pp(model: Any, x: Tensor, sigmas: Tensor, extra_args: dict, callback: Callable | None = None,
+                  disable: bool | None = None, *, method: CFGPP) -> Tensor:  # fmt: skip
+    """The host's sampler function. ``model`` is its ``KSamplerX0Inpaint`` around the guider."""
+    guider = model.inner_model
+    check(guider, method.title, "guidance_lambda")
+    predict = AtWeight(model, extra_args, method.title)
+    model_sampling = guider.model_patcher.get_model_object("model_sampling")
+    levels = sigmas.tolist()
+    out = method.sample(
+        lambda x, sigma, weight: predict(x, sigma, beside_one(weight)), x, levels, parametrisation_of(model_sampling),
+        noise_of(x, extra_args.get("seed"), getattr(model_sampling, "noise_scale", 1.0)),
+        reporter(sigmas, callback, disable),
+    )  # fmt: skip
+    log.info(
+        "Rudder: %s: lambda %g was a guidance weight of %.2f to %.2f; the sampler's cfg (%g) does not count",
+        method.title, method.strength, min(predict.weights), max(predict.weights), guider.cfg,
+    )
+    return out
+
+
+def beside_one(weight: float) -> float:
+    """``weight``, but never 1, where the host leaves the negative out."""
+    return 1.0 + 1e-6 if math.isclose(weight, 1.0) else weight
+
+
+def check(guider: samplers.CFGGuider, title: str, setting: str, needs_negative: bool = True) -> None:
+    """Refuse runs in which the weight of a step is not the solver's to set, before anything is evaluated."""
+    if type(guider).predict_noise is not samplers.CFGGuider.predict_noise:
+        raise GuidanceError(
+            f"{title}: the guider '{type(guider).__name__}' combines predictions itself, so its guidance cannot be "
+            "steered. Use CFGGuider or SamplerCustom with this sampler."
+        )
+    if needs_negative and guider.conds.get("negative") is None:
+        raise GuidanceError(
+            f"{title}: it needs the negative's prediction and this guider has no negative. Use CFGGuider or "
+            "SamplerCustom with a negative (an empty prompt will do). Models with distilled guidance (Flux-dev, "
+            "few-step models) run without one: use another sampler, such as euler."
+        )
+    for method in plan_of(guider.model_options):
+        if "guidance weight" in method.claims:
+            raise GuidanceError(
+                f"{title}: '{method.title}' on this MODEL sets the guidance weight, and so does this sampler, from its "
+                f"{setting}. Remove that node, or use another sampler, such as euler."
+            )
+
+
+class AtWeight:
+    """The guider as a function of x, sigma and the guidance weight: the guided x0 and the negative's."""
+
+    def __init__(self, model: Any, extra_args: dict, title: str) -> None:
+        self.model, self.guider, self.title = model, model.inner_model, title
+        options = extra_args["model_options"].copy()
+        options = comfy.model_patcher.set_model_options_post_cfg_function(options, self.remember)
+        self.arguments = {**extra_args, "model_options": options}
+        self.weights: list[float] = []
+        self.seen: dict | None = None
+
+    def remember(self, args: dict) -> Tensor:
+        """Post-CFG function, the last in the row."""
+        self.seen = args
+        if self.guider.cfg != self.weights[-1] and not math.isclose(args["cond_scale"], 1.0):
+            raise GuidanceError(
+                f"{self.title}: another node on this MODEL (CFG Override?) sets the guidance weight of this step to "
+                f"{args['cond_scale']:g}, and this sampler has to set it. Remove that node; all that it may set is 1, "
+                "no guidance."
+            )
+        return args["denoised"]
+
+    def __call__(self, x: Tensor, sigma: float, weight: float) -> tuple[Tensor, Tensor | None]:
+        own, self.seen = self.guider.cfg, None
+        self.weights.append(weight)
+        try:
+            self.guider.cfg = weight
+            guided = self.model(x, x.new_full([len(x)], sigma), **self.arguments)
+        finally:
+            self.guider.cfg = own
+        if self.seen is None:
+            raise GuidanceError(
+                f"{self.title}: a node on this MODEL (LazyCache?) skipped a prediction, and this sampler needs "
+                "each at a guidance weight of its own. Remove that node, or use another sampler, such as euler."
+            )
+        if self.seen["uncond"] is None and math.isclose(self.seen["cond_scale"], 1.0):
+            return guided, None  # LinearAG has no evaluation but an estimate: its weight is not 1
+        return guided, self.outside_mask(x, sigma, self.seen["uncond_denoised"])
+
+    def outside_mask(self, x: Tensor, sigma: float, x0: Tensor) -> Tensor:
+        """``x0`` with the given latent where the noise mask keeps it, as the host does with the guided x0."""
+        mask, options = self.arguments.get("denoise_mask"), self.arguments["model_options"]
+        if mask is None:
+            return x0
+        if "denoise_mask_function" in options:
+            given = {"model": self.guider, "sigmas": self.model.sigmas}
+            mask = options["denoise_mask_function"](x.new_full([len(x)], sigma), mask, extra_options=given)
+        return x0 * mask + self.model.latent_image * (1.0 - mask)
+
+
+def noise_of(x: Tensor, seed: int | None, scale: float) -> Callable[[], Tensor]:
+    """Draws of noise like x from a generator of this run, on the CPU so that every device draws the same."""
+    generator = torch.Generator().manual_seed(((seed or 0) + NOISE_SEED) % 2**64)
+    return lambda: scale * torch.randn(x.shape, generator=generator).to(x)
+
+
+def reporter(sigmas: Tensor, callback: Callable | None, disable: bool | None) -> Callable[[int, Tensor, Tensor], None]:
+    """The host's progress bar and previews, after each step's prediction."""
+    bar = iter(model_trange(len(sigmas) - 1, disable=disable))
+    next(bar, None)
+
+    def report(i: int, x: Tensor, x0: Tensor) -> None:
+        if callback is not None:
+            callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": x0})
+        next(bar, None)
+
+    return report
+
+
+# ------------------------------------------------------------------------------------------------- W2SD
+
+
+def w2sd(method: W2SD, weak: samplers.CFGGuider | None = None) -> samplers.KSAMPLER:
+    """``method`` as a SAMPLER. ``weak`` is a guider of its own; without one the sampler's own at ``weak_cfg`` is."""
+    return samplers.KSAMPLER(sample_w2sd, {"method": method, "weak": weak})
+
+
+@torch.no_grad()
+def sample_w2sd(model: Any, x: Tensor, sigmas: Tensor, extra_args: dict, callback: Callable | None = None,
+                disable: bool | None = None, *, method: W2SD, weak: samplers.CFGGuider | None) -> Tensor:  # fmt: skip
+    """The host's sampler function: plain Euler of the guider as it is wired, reflected by the weak prediction."""
+    guider = model.inner_model
+    to_sigma = guider.model_patcher.get_model_object("model_sampling").percent_to_sigma
+    low, high = to_sigma(method.end), to_sigma(method.start)
+    levels = sigmas.tolist()
+
+    def within(sigma: float) -> bool:
+        return low <= sigma <= high
+
+    def solve(strong: Denoiser, weak: Denoiser) -> Tensor:
+        out = method.sample(strong, weak, x, levels, within, reporter(sigmas, callback, disable))
+        steps, reflected = len(levels) - 1, sum(method.reflects(levels, within))
+        log.info("Rudder: %s: %d of %d steps reflected, so %d predictions of the strong side and %d of the weak one",
+                 method.title, reflected, steps, steps + reflected, reflected)  # fmt: skip
+        return out
+
+    strong = denoiser(model, extra_args)
+    if weak is not None:
+        return beside(weak, model, extra_args, sigmas, method.title, x, strong, solve)
+    check(guider, method.title, "weak_cfg", needs_negative=method.weak_cfg != 1.0)
+    if math.isclose(guider.cfg, method.weak_cfg):
+        raise GuidanceError(
+            f"{method.title}: weak_cfg is {method.weak_cfg:g} and so is the sampler's cfg, so there is nothing to "
+            "reflect. Lower weak_cfg (official: 1 with cfg 5.5), or wire a weak_guider."
+        )
+    at = AtWeight(model, extra_args, method.title)
+    return solve(strong, lambda x, sigma: at(x, sigma, method.weak_cfg)[0])
+
+
+def denoiser(model: Any, extra_args: dict) -> Denoiser:
+    return lambda x, sigma: model(x, x.new_full([len(x)], sigma), **extra_args)
+
+
+def beside(other: samplers.CFGGuider, model: Any, extra_args: dict, sigmas: Tensor, title: str, x: Tensor,
+           strong: Denoiser, solve: Callable[[Denoiser, Denoiser], Tensor]) -> Tensor:  # fmt: skip
+    """``solve(strong, weak)`` inside a sampling of the ``other`` guider, so that the host prepares its MODEL and
+    prompts as it always does, and loads both MODELs in one call. Noise mask and latent are the run's.
+
+    Two MODELs on the same weights with other patches (a LoRA at two strengths) cannot be loaded at once: then the host
+    patches the weights anew at every change.
+    """
+    guider = model.inner_model
+    check_pair(guider, other, title)
+    own, patcher = guider.model_patcher, other.model_patcher.clone()
+    shared = patcher.is_clone(own)
+    if not shared:
+        patcher.set_additional_models("rudder_sampled", [own])
+
+    def both(weak: Denoiser) -> Tensor:
+        return solve(resident(own, strong), resident(patcher, weak)) if shared else solve(strong, weak)
+
+    inner = Inner(model, extra_args.get("denoise_mask"), both)
+    other = copy.copy(other)  # the user's GUIDER stays as it is
+    other.model_patcher = patcher
+    latent = guider.inner_model.process_latent_out(model.latent_image)
+    other.sample(torch.zeros_like(x), latent, inner, sigmas, disable_pbar=True, seed=extra_args.get("seed"))
+    return inner.result
+
+
+def check_pair(guider: samplers.CFGGuider, other: samplers.CFGGuider, title: str) -> None:
+    """Refuse a second guider whose predictions do not live in the same latent space."""
+    if other is guider:
+        raise GuidanceError(
+            f"{title}: weak_guider is the sampler's own guider, so there is nothing to reflect. Wire a second "
+            "CFGGuider with the weaker MODEL, prompts or cfg."
+        )
+    models = [g.model_patcher for g in (guider, other)]
+    flows = [parametrisation_of(m.get_model_object("model_sampling")) is Parametrisation.FLOW for m in models]
+    channels = [m.get_model_object("latent_format").latent_channels for m in models]
+    if flows[0] != flows[1] or channels[0] != channels[1]:
+        kinds = [f"{'a flow model' if f else 'an eps or v model'}, {c} channels" for f, c in zip(flows, channels)]
+        raise GuidanceError(
+            f"{title}: the weak_guider's MODEL ({kinds[1]}) does not share the latents of the sampler's ({kinds[0]}). "
+            "Use two models of one family, such as SD1.5 and a fine-tune of it."
+        )
+
+
+def resident(patcher: Any, predict: Denoiser) -> Denoiser:
+    """``predict`` with the weights that ``patcher`` wants, where another on the same model may have put its own."""
+    def on(x: Tensor, sigma: float) -> Tensor:
+        if patcher.model.current_weight_patches_uuid != patcher.patches_uuid:
+            needed = patcher.memory_required([2 * len(x), *x.shape[1:]])
+            comfy.model_management.load_models_gpu([patcher], memory_required=needed)
+        patcher.model.current_patcher = patcher
+        return predict(x, sigma)
+
+    return on
+
+
+class Inner(samplers.Sampler):
+    """What the other guider's sampling runs: the solver, which gets that guider's denoiser."""
+
+    def __init__(self, model: Any, mask: Tensor | None, solve: Callable[[Denoiser], Tensor]) -> None:
+        self.model, self.mask, self.solve = model, mask, solve
+        self.result: Tensor | None = None  # the sampler's tensor; what sampling returns is scaled for a LATENT
+
+    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
+               disable_pbar=False) -> Tensor:  # fmt: skip
+        there = samplers.KSamplerX0Inpaint(model_wrap, sigmas)
+        there.latent_image, there.noise = self.model.latent_image, self.model.noise
+        self.result = self.solve(denoiser(there, {**extra_args, "denoise_mask": self.mask}))
+        return self.result

@@ -1,0 +1,1 @@
+"""Which trajectory is walked: solvers as functions of a denoiser, pure torch, no import of ComfyUI."""
