@@ -8,12 +8,14 @@ the step after its cosine reached gamma its picture gets the conditional predict
 is 1 and the negative is no longer evaluated.
 
 gamma 0.991 is the paper's for 20 steps at cfg 7.5 and saves about a quarter of the evaluations (recalled, not
-re-checked). LinearAG, which predicts eps_u from earlier steps, needs coefficients fitted for one model and schedule
-and is not here.
+re-checked). It belongs to those models: on others the cosine may start above it or never reach it. A run that gamma did
+not decide says so at its end and names the cosine that it had half-way (derived). The paper's LinearAG, which predicts
+eps_u in the early steps, is in ``linear_ag.py``; the two go together.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 
@@ -52,14 +54,36 @@ class AdaptiveGuidance(Guidance):
         state.pop("now", None)
         if preds.uncond is None or step.weight == 1.0:  # off anyway: nothing to measure
             step.log(switched=float(state.get("all switched", False)))
-            return preds
-        if "switched" in state:
-            state["now"] = (state["switched"], preds.cond)
-        switched = cosine(residual(step.x, step.plain.cond), residual(step.x, step.plain.uncond)) >= self.gamma
-        step.log(switched=state.get("switched", torch.zeros_like(switched)).float())
-        state["switched"] = switched | state.get("switched", switched)
-        state["all switched"] = bool(state["switched"].all())
+        else:
+            if "switched" in state:
+                state["now"] = (state["switched"], preds.cond)
+            step.log(switched=state.get("switched", torch.zeros(len(step.x))).float())
+            if step.plain.uncond is not None:  # evaluated, not predicted from earlier steps
+                self.measure(step, state)
+        if step.sigma_next < step.percent_to_sigma(self.end) or step.index == step.steps - 1:
+            self.advise(state.pop("cosines", []))
         return preds
+
+    def measure(self, step: Step, state: dict) -> None:
+        cosines = cosine(residual(step.x, step.plain.cond), residual(step.x, step.plain.uncond))
+        state["switched"] = (cosines >= self.gamma) | state.get("switched", torch.zeros_like(cosines, dtype=torch.bool))
+        state["all switched"] = bool(state["switched"].all())
+        state.setdefault("cosines", []).append(float(cosines.mean()))
+
+    def advise(self, cosines: list[float]) -> None:
+        """Tell the user when gamma had no say: it was never reached, or reached as soon as this method looked."""
+        if len(cosines) > 1 and max(cosines) < self.gamma:
+            logging.getLogger("rudder").warning(
+                "Rudder: %s: the cosine went from %.4f to %.4f and did not reach the threshold %g, so every step was "
+                "guided. On this model %.4f would stop guiding about half-way.",
+                self.title, cosines[0], cosines[-1], self.gamma, max(cosines[: len(cosines) // 2 + 1]) - 5e-5,
+            )
+        elif len(cosines) == 1 and cosines[0] >= self.gamma:
+            logging.getLogger("rudder").warning(
+                "Rudder: %s: the cosine was %.4f at the first step that it looked at, above the threshold %g, so "
+                "start_percent alone decided. Set the threshold above 1 once to be told the cosines of this model.",
+                self.title, cosines[0], self.gamma,
+            )
 
     def finish(self, step: Step, x0: Tensor) -> Tensor:
         if "now" not in step.state(self):

@@ -6,10 +6,11 @@ import logging
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import demo, guidance, guidance_more, trace
+from . import demo, guidance, guidance_feedback, guidance_models, guidance_more, samplers, trace
 
 NODES: tuple[type[io.ComfyNode], ...] = (
-    *guidance.NODES, *guidance_more.NODES, *trace.NODES, *demo.NODES,
+    *guidance.NODES, *guidance_more.NODES, *guidance_feedback.NODES, *guidance_models.NODES, *samplers.NODES,
+    *trace.NODES, *demo.NODES,
 )  # fmt: skip
 
 

@@ -10,12 +10,17 @@ from ..guidance.beta_cfg import BetaCFG
 from ..guidance.cfg_zero import CFGZero
 from ..guidance.contract import Prompt
 from ..guidance.curve import parse
+from ..guidance.linear_ag import LinearAG
 from ..guidance.negative import ExtraNegative
 from ..guidance.perpneg import PerpNeg
 from ..guidance.schedule import SHAPES, Schedule
 from ..guidance.tag import CTAG, TAG
 from ..guidance.tcfg import TCFG
+from ..host import add_guidance
 from .guidance import CATEGORY, model_input, model_output, patched, window_inputs
+
+ADAPTIVE_MODES = ("stop", "linear", "both")
+CoefficientsType = io.Custom("RUDDER_LINEAR_AG")
 
 
 class RudderAPG(io.ComfyNode):
@@ -115,8 +120,9 @@ class RudderAdaptiveGuidance(io.ComfyNode):
             display_name="Faster Guidance (Adaptive)",
             category=CATEGORY,
             description="Saves time: once the predictions for positive and negative agree, the rest of the run is "
-            "sampled without the negative. Decided for each picture; Adaptive Guidance (AAAI 2025, arXiv 2312.12487). "
-            "2 model evaluations a step, 1 after all pictures of the batch have switched. Needs cfg above 1.",
+            "sampled without the negative, for each picture by itself; and early steps may predict the negative from "
+            "earlier ones. Adaptive Guidance and LinearAG (AAAI 2025, arXiv 2312.12487). 2 model evaluations a step, "
+            "1 where the negative is left out. Needs cfg above 1.",
             search_aliases=["adaptive guidance", "skip uncond", "faster cfg", "linear ag"],
             inputs=[
                 model_input(),
@@ -136,12 +142,43 @@ class RudderAdaptiveGuidance(io.ComfyNode):
                     "end_percent", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True,
                     tooltip="Where it ends, 0 to 1. After it, steps are guided as usual again.",
                 ),
+                io.Combo.Input(
+                    "mode",
+                    options=list(ADAPTIVE_MODES),
+                    default="stop",
+                    tooltip="stop: guidance ends when the predictions agree (Adaptive Guidance). linear: some early "
+                    "steps predict the negative instead of evaluating it (LinearAG). both: linear early, stop late.",
+                ),
+                io.Int.Input(
+                    "every", default=2, min=2, max=10,
+                    tooltip="For linear and both: every how many steps the negative is evaluated. Paper: 2. More saves "
+                    "more and follows the run less.",
+                ),
+                io.Float.Input(
+                    "linear_until", default=0.5, min=0.0, max=1.0, step=0.01, round=False,
+                    tooltip="For linear and both: up to where negatives are predicted, a share of the model's "
+                    "timesteps from 0 (pure noise) to 1 (clean). Paper: 0.5. After it steps are guided as usual.",
+                ),
+                CoefficientsType.Input(
+                    "coefficients", optional=True,
+                    tooltip="For linear and both, from Fit Faster Guidance, for this model and these steps. Without "
+                    "them the last evaluated push is held, which needs no fitting.",
+                ),
             ],
             outputs=[model_output()],
         )
 
     @classmethod
-    def execute(cls, model, threshold, start_percent, end_percent) -> io.NodeOutput:
+    def execute(
+        cls, model, threshold, start_percent, end_percent, mode, every, linear_until, coefficients=None
+    ) -> io.NodeOutput:
+        if coefficients is not None and (mode == "stop" or linear_until == 0.0):
+            raise ValueError("'coefficients' are wired but nothing uses them: set mode to linear or both, and "
+                             "linear_until above 0, or remove the link.")
+        if mode != "stop":
+            model = add_guidance(model, LinearAG(every=every, coefficients=coefficients, end=linear_until))
+        if mode == "linear":
+            return io.NodeOutput(model)
         return patched(model, AdaptiveGuidance(gamma=threshold, start=start_percent, end=end_percent))
 
 

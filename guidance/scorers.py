@@ -1,0 +1,39 @@
+"""Scorers of candidates for dynamic CFG (``dynamic.py``) that need no model. Derived: the paper's are not public.
+
+What burns at a high weight is the spread of x0: it grows with every bit of push along the prediction, which is also
+what RescaleCFG (Lin et al., arXiv 2305.08891, Sec. 3.4) measures and undoes. So the strongest candidate of which the
+spread stays near that of the conditional prediction is as much guidance as this step takes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .contract import GuidanceError, Step
+from .space import TINY, norm
+
+
+def spread(x0: Tensor) -> Tensor:
+    """Standard deviation of a picture over all its values, ``[B]``."""
+    return x0.flatten(1).std(dim=1, unbiased=False)
+
+
+@dataclass(frozen=True)
+class Overshoot:
+    """More push is better as long as the spread is at most ``limit`` times that of the conditional prediction; beyond,
+    less is better."""
+
+    limit: float = 1.1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.limit < math.inf:
+            raise GuidanceError(f"limit is {self.limit:g}; it must be above 0: 1.1 allows ten percent more contrast.")
+
+    def __call__(self, x0: Tensor, step: Step) -> Tensor:
+        cond = step.preds.cond
+        ratio = spread(x0) / spread(cond).clamp_min(TINY)
+        return torch.where(ratio <= self.limit, norm(x0 - cond) / norm(cond).clamp_min(TINY), -ratio)

@@ -1,0 +1,38 @@
+"""Run the host's sampler once and keep what the model predicted: data for methods that are fitted to a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.sample
+import torch
+from torch import Tensor
+
+
+def predictions(
+    model: Any, positive: list, negative: list, latent: dict, seed: int, steps: int, cfg: float, sampler: str,
+    scheduler: str, denoise: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What KSampler does, with both predictions of every model call.
+
+    Returns:
+        Noise levels ``[N]``, and eps = (x - x0) / sigma of positive and negative, each ``[N, B, ...]`` on the CPU.
+    """
+    seen: list[tuple[float, Tensor, Tensor]] = []
+
+    def keep(args: dict) -> Tensor:
+        x, sigma = args["input"], float(args["sigma"].max())
+        eps = (((x - args[name]) / sigma).float().cpu() for name in ("cond_denoised", "uncond_denoised"))
+        seen.append((sigma, *eps))
+        return args["denoised"]
+
+    model = model.clone()
+    model.set_model_sampler_post_cfg_function(keep, disable_cfg1_optimization=True)
+    image = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+    noise = comfy.sample.prepare_noise(image, seed, latent.get("batch_index"))
+    comfy.sample.sample(
+        model, noise, steps, cfg, sampler, scheduler, positive, negative, image, denoise=denoise,
+        noise_mask=latent.get("noise_mask"), seed=seed,
+    )
+    levels, conds, unconds = zip(*seen)
+    return torch.tensor(levels), torch.stack(conds), torch.stack(unconds)
