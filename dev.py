@@ -5,6 +5,7 @@
     python3 dev.py serve              open ComfyUI on 127.0.0.1 with this clone linked in
     python3 dev.py test [pytest args] ruff, unit tests, then host and end-to-end tests on both ComfyUI versions
     python3 dev.py bench [table]      the proving ground
+    python3 dev.py matrix             write COMPOSITION.md: which guidance methods go together
     python3 dev.py python ...         Python in the environment, COMFYUI_PATH set
     python3 dev.py env                where everything is
 
@@ -667,6 +668,10 @@ def command_bench(args: argparse.Namespace, rest: list[str]) -> int:
     return command_python(args, ["-m", "bench", *rest])
 
 
+def command_matrix(args: argparse.Namespace, rest: list[str]) -> int:
+    return command_python(args, ["-m", "bench.composition"])
+
+
 def command_python(args: argparse.Namespace, rest: list[str]) -> int:
     host = find_host(args)
     return call([str(host.python), *rest], child_env(host))
@@ -700,6 +705,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--out", default=str(ROOT / "out"), metavar="DIR", help="where pictures go (default out/)")
     add("test", "ruff, unit, host and end-to-end tests; other arguments go to pytest")
     add("bench", "the proving ground; other arguments go to bench")
+    add("matrix", "write COMPOSITION.md: which guidance methods go together, and what happens")
     add("python", "Python in the environment with COMFYUI_PATH set; other arguments go to Python")
     add("env", "print where the cache, the environment and ComfyUI are")
     return top

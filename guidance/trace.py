@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 from torch import Tensor
@@ -25,9 +26,18 @@ QUANTITIES = {
     "negative_scale": "scale of the negative's velocity (CFG-Zero*)",
     "removed": "share of the negative's residual that is removed (TCFG)",
     "switched": "share of the pictures that guidance has left (Adaptive Guidance)",
+    "predicted": "1 where the negative was predicted, not evaluated (LinearAG)",
     "overlap": "cosine of the push from a negative and the push to the positive (Perp-Neg, extra negative)",
+    "found_push": "norm of the push from the found negative, 1 is CFG's, before the cap (ANSWER)",
+    "found_cosine": "cosine of the push from the found negative and that of CFG (ANSWER)",
+    "bad_norm": "norm of good - bad (AutoGuidance)",
+    "bad_cosine": "cosine of good - bad and cond - uncond (AutoGuidance)",
+    "image_cosine": "cosine of what the image changes and what the text changes (InstructPix2Pix)",
     "eps_norm": "norm of cond - uncond as eps in a 4x64x64 latent (beta-CFG)",
     "tangential": "share of the tangential part (TAG)",
+    "chosen_weight": "guidance weight that scored best (dynamic CFG)",
+    "time_gap": "noise level that the predictor sees less the sampler's, as shares of a quarter turn (temporal TAG)",
+    "shift": "length of the shift over that of x (temporal TAG)",
     "change_norm": "norm of what the methods changed in the conditional prediction",
     "cond_norm": "norm of the conditional prediction",
     "evaluations": "model evaluations of the step",
@@ -39,9 +49,11 @@ class Recorder:
     """Runs by the sampler node that made them: ``{"methods", "cfg", "evaluations", "steps": [{...}, ...], ...}``.
 
     A step holds ``index``, ``sigma`` and the :data:`QUANTITIES` that applied, one number or one for each sample.
+    ``name`` is what the user calls these runs.
     """
 
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    name: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,16 +72,21 @@ def plain(value: Any) -> Any:
     return value
 
 
-def labelled(runs: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Runs under readable, distinct names: their methods, or "CFG 7" for none; later twins get a number."""
+def label(run: dict[str, Any]) -> str:
+    """What a run did: its methods, or "CFG 7" for none."""
+    return " + ".join(run["methods"]) or f"CFG {run['cfg']:g}"
+
+
+def labelled(runs: Iterable[dict[str, Any]], names: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
+    """Runs under readable, distinct names: those given, or what they did where none is; later twins get a number."""
     out: dict[str, dict[str, Any]] = {}
-    for run in runs:
-        label = base = " + ".join(run["methods"]) or f"CFG {run['cfg']:g}"
+    for run, name in zip_longest(runs, names, fillvalue=""):
+        unique = base = name or label(run)
         twin = 1
-        while label in out:
+        while unique in out:
             twin += 1
-            label = f"{base} #{twin}"
-        out[label] = run
+            unique = f"{base} #{twin}"
+        out[unique] = run
     return out
 
 

@@ -6,18 +6,25 @@ import json
 import math
 import os
 import re
+from itertools import zip_longest
 
 import folder_paths
 import numpy as np
 import torch
 from comfy_api.latest import io
 
-from ..guidance.trace import QUANTITIES, Recorder, Trace, labelled
+from ..guidance.trace import QUANTITIES, Recorder, Trace, label, labelled
 from ..host import add_guidance
 from .chart import line_charts
 from .guidance import CATEGORY, model_input, model_output
 
 TraceType = io.Custom("RUDDER_TRACE")
+
+
+def several(name: str, prefix: str, kind: type[io.ComfyTypeIO], tooltip: str) -> io.Autogrow.Input:
+    """An input that grows: a fresh socket appears whenever the last one is wired."""
+    template = io.Autogrow.TemplatePrefix(kind.Input(prefix, optional=True, tooltip=tooltip), prefix, min=0, max=12)
+    return io.Autogrow.Input(name, template=template, optional=True, tooltip=tooltip)
 
 
 def reading_inputs() -> list:
@@ -26,25 +33,51 @@ def reading_inputs() -> list:
         io.AnyType.Input(
             "after",
             tooltip="The output of the sampler that was traced (LATENT or the decoded IMAGE), so that this node runs "
-            "after it. With several samplers on one trace, something that depends on all of them.",
+            "after it. With several samplers, wire the others to more_after.",
         ),
+        several("more_traces", "trace_", TraceType, "Traces of other models or branches, to show over the first."),
+        several("more_after", "after_", io.AnyType, "The outputs of the other samplers, so that this node runs last."),
     ]
 
 
-def recorded(trace: Recorder, prompt: dict | None) -> dict[str, dict]:
-    """The runs of samplers that are still in the graph, by label.
+def labels_input() -> io.String.Input:
+    return io.String.Input(
+        "labels", default="", multiline=True, optional=True,
+        tooltip="Names for the runs, one a line, first trace first and then by node number. An empty line keeps the "
+        "run's own name: that of its Guidance Trace, or the methods.",
+    )
+
+
+def recorded(
+    trace: Recorder, prompt: dict | None, more: dict[str, Recorder] | None = None, labels: str = ""
+) -> dict[str, dict]:
+    """The runs of samplers that are still in the graph, by label: trace after trace, each by node, not as they ran.
 
     Raises:
-        ValueError: nothing was recorded.
+        ValueError: a trace holds no run, or there are more labels than runs.
     """
-    present = [node for node in trace.runs if not prompt or not node or node.split(".")[0] in prompt]
-    present.sort(key=lambda node: [int(number) for number in re.findall(r"\d+", node)])  # not in the order they ran
-    if not present:
+    runs, names = [], []
+    for source, recorder in {"trace": trace, **(more or {})}.items():
+        present = [node for node in recorder.runs if not prompt or not node or node.split(".")[0] in prompt]
+        present.sort(key=lambda node: [int(number) for number in re.findall(r"\d+", node)])
+        if not present:
+            raise ValueError(
+                f"The trace at '{source}' holds no run. Wire the MODEL output of Guidance Trace to the sampler "
+                "(through other Rudder nodes if you like) and its result to 'after' or 'more_after'. If the sampler "
+                "was served from the cache, change its seed."
+            )
+        for run in (recorder.runs[node] for node in present):
+            if not any(run is other for other in runs):  # two traces on one MODEL hold the same runs
+                runs.append(run)
+                alone = len(present) == 1 or not recorder.name
+                names.append(recorder.name if alone else f"{recorder.name}: {label(run)}")
+    given = [line.strip() for line in labels.rstrip().splitlines()]
+    if len(given) > len(runs):
         raise ValueError(
-            "The trace holds no run. Wire the MODEL output of Guidance Trace to the sampler (through other Rudder "
-            "nodes if you like) and its result to 'after'. If the sampler was served from the cache, change its seed."
+            f"'labels' has {len(given)} lines and {len(runs)} runs were traced: remove lines, or wire the missing "
+            "traces to 'more_traces'."
         )
-    return labelled(trace.runs[node] for node in present)
+    return labelled(runs, [mine or name for mine, name in zip_longest(given, names, fillvalue="")])
 
 
 def strict(value):
@@ -68,14 +101,20 @@ class RudderTrace(io.ComfyNode):
             "the picture.",
             search_aliases=["record guidance", "debug guidance", "cfg trace", "gamma plot"],
             not_idempotent=True,  # two identical trace nodes must not share one recorder
-            inputs=[model_input()],
+            inputs=[
+                model_input(),
+                io.String.Input(
+                    "name", default="", optional=True,
+                    tooltip="What the plot's legend calls these runs. Empty: the methods that acted.",
+                ),
+            ],
             outputs=[model_output(), TraceType.Output(display_name="TRACE", tooltip="For Guidance Trace Plot and "
             "Save.")],
         )
 
     @classmethod
-    def execute(cls, model) -> io.NodeOutput:
-        recorder = Recorder()
+    def execute(cls, model, name="") -> io.NodeOutput:
+        recorder = Recorder(name=name.strip())
         return io.NodeOutput(add_guidance(model, Trace(recorder=recorder)), recorder)
 
 
@@ -86,8 +125,9 @@ class RudderTracePlot(io.ComfyNode):
             node_id="RudderTracePlot",
             display_name="Guidance Trace Plot",
             category=CATEGORY,
-            description="Draws recorded quantities over the steps, one line a sampler, as an image.",
-            search_aliases=["plot guidance", "gamma plot", "cfg plot"],
+            description="Draws recorded quantities over the steps as an image, one line a sampler; several traces "
+            "come over each other.",
+            search_aliases=["plot guidance", "gamma plot", "cfg plot", "compare runs"],
             inputs=[
                 *reading_inputs(),
                 io.Combo.Input(
@@ -101,14 +141,17 @@ class RudderTracePlot(io.ComfyNode):
                 io.Int.Input("width", default=768, min=256, max=4096, step=16, tooltip="Width of the image in pixels."),
                 io.Int.Input("height", default=512, min=192, max=4096, step=16, tooltip="Height of the image in "
                 "pixels."),
+                labels_input(),
             ],
             outputs=[io.Image.Output(display_name="IMAGE")],
             hidden=[io.Hidden.prompt],
         )
 
     @classmethod
-    def execute(cls, trace, after, quantity, width, height) -> io.NodeOutput:
-        runs = recorded(trace, cls.hidden.prompt)
+    def execute(
+        cls, trace, after, quantity, width, height, labels="", more_traces=None, more_after=None
+    ) -> io.NodeOutput:
+        runs = recorded(trace, cls.hidden.prompt, more_traces, labels)
         picture = line_charts(runs, quantity, width, height)
         return io.NodeOutput(torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255.0)[None])
 
@@ -127,14 +170,16 @@ class RudderSaveTrace(io.ComfyNode):
             inputs=[
                 *reading_inputs(),
                 io.String.Input("filename_prefix", default="rudder/trace", tooltip="Inside ComfyUI's output folder."),
+                labels_input(),
             ],
             outputs=[io.String.Output(display_name="JSON")],
             hidden=[io.Hidden.prompt],
         )
 
     @classmethod
-    def execute(cls, trace, after, filename_prefix) -> io.NodeOutput:
-        text = json.dumps(strict(recorded(trace, cls.hidden.prompt)), indent=1, allow_nan=False)
+    def execute(cls, trace, after, filename_prefix, labels="", more_traces=None, more_after=None) -> io.NodeOutput:
+        runs = recorded(trace, cls.hidden.prompt, more_traces, labels)
+        text = json.dumps(strict(runs), indent=1, allow_nan=False)
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
             filename_prefix, folder_paths.get_output_directory()
         )

@@ -6,25 +6,38 @@ A method that is not in here is found by ``test_pairs.test_every_method_is_in_th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import comfy.sd
+import torch
 
 from rudder.guidance.aapb import AAPB
 from rudder.guidance.adaptive import AdaptiveGuidance
+from rudder.guidance.answer import ANSWER
 from rudder.guidance.apg import APG
+from rudder.guidance.autoguidance import AutoGuidance
 from rudder.guidance.beta_cfg import BetaCFG
 from rudder.guidance.blend import FixedBlend
 from rudder.guidance.cfg import CFG
 from rudder.guidance.cfg_zero import CFGZero
 from rudder.guidance.contract import Guidance, Prompt
+from rudder.guidance.dynamic import DynamicCFG
+from rudder.guidance.instruct import InstructGuidance
 from rudder.guidance.interval import LimitedInterval
+from rudder.guidance.linear_ag import LinearAG
 from rudder.guidance.negative import ExtraNegative
 from rudder.guidance.perpneg import PerpNeg
 from rudder.guidance.r2f import R2F
 from rudder.guidance.schedule import Schedule
+from rudder.guidance.scorers import Overshoot
 from rudder.guidance.tag import CTAG, TAG
 from rudder.guidance.tcfg import TCFG
+from rudder.guidance.temporal import TemporalTAG
+from rudder.guidance.temporal_fit import fresh
+from rudder.guidance.temporal_net import TimePredictor
+from rudder.host import companion
 
-from .models import conditioning
+from .models import conditioning, lora
 
 POSITIVE, NEGATIVE = conditioning(1), conditioning(2)
 INTERVAL = (0.3, 3.0)
@@ -34,16 +47,30 @@ def prompt(seed: int, name: str) -> Prompt:
     return Prompt(conditioning(seed), name)
 
 
+class Untrained:
+    """A time predictor with random weights for whatever latents come."""
+
+    def fits(self, x: torch.Tensor) -> bool:
+        return True
+
+    def to(self, like: torch.Tensor) -> TimePredictor:
+        generator = torch.Generator().manual_seed(0)
+        weights = fresh(like.shape[1], generator, bins=8, widths=(8, 8))
+        return TimePredictor({**weights, "out.weight": torch.randn(8, 16, generator=generator)})
+
+
 @dataclass(frozen=True)
 class Entry:
     """A method, the evaluations that it adds in a guided and in an unguided step, and whether it lets a step be guided.
 
-    ``gate(index, sigma, kind)`` is False where the method turns guidance off.
+    ``gate(index, sigma, kind)`` is False where the method turns guidance off; ``ahead``: further evaluations in guided
+    steps, one for each of so many noise levels ahead.
     """
 
     method: Guidance
     extra: tuple[int, int] = (0, 0)
     gate: Callable[[int, float, str], bool] = lambda index, sigma, kind: True
+    ahead: int = 0
 
 
 METHODS = {
@@ -61,23 +88,46 @@ METHODS = {
     "APG": Entry(APG(threshold=100.0)),
     "TCFG": Entry(TCFG()),
     "CFG-Zero*": Entry(CFGZero(), gate=lambda index, sigma, kind: kind != "flux" or index > 0),
+    "ANSWER": Entry(ANSWER(chain=3), ahead=2),
+    "AutoGuidance": Entry(AutoGuidance(bad=None), (1, 1)),  # see fitted()
+    "InstructPix2Pix": Entry(InstructGuidance(base=prompt(6, "base")), (1, 1)),
     "beta-CFG": Entry(BetaCFG()),
     "adaptive": Entry(AdaptiveGuidance(gamma=-1.0)),  # one guided step, see evaluations()
+    "LinearAG": Entry(LinearAG()),  # every second guided step, see evaluations()
+    "dynamic": Entry(DynamicCFG(weights=(2.0, 5.0, 9.0), scorer=Overshoot())),
     "TAG": Entry(TAG()),
     "C-TAG": Entry(CTAG()),
+    "temporal TAG": Entry(TemporalTAG(predictor=Untrained(), strength=5.0)),
 }
 EXCLUSIVE = [  # everything else goes together, whatever the wiring
     {"AAPB", "blend"}, {"TCFG", "CFG-Zero*"}, {"Perp-Neg", "extra negative"}, {"schedule", "beta-CFG"},
-    {"APG", "beta-CFG"}, {"TAG", "C-TAG"},
+    {"APG", "beta-CFG"}, {"TAG", "C-TAG"}, {"ANSWER", "TCFG"}, {"ANSWER", "CFG-Zero*"}, {"CFG", "dynamic"},
+    {"schedule", "dynamic"}, {"beta-CFG", "dynamic"},
 ]  # fmt: skip
+
+
+def worse(model):
+    """``model`` with a LoRA that it was never trained for, and weights of its own."""
+    return companion(model, comfy.sd.load_lora_for_models(model, None, lora(model, 9), 3.0, 0.0)[0], "bad_model")
+
+
+def fitted(name: str, model) -> Guidance:
+    """The method of that name for ``model``: a second MODEL must be of its kind."""
+    method = METHODS[name].method
+    return replace(method, bad=worse(model)) if isinstance(method, AutoGuidance) else method
 
 
 def evaluations(names: Iterable[str], kind: str, sigmas: Sequence[float]) -> list[int]:
     """What every step of a run with these methods must cost, by rules of their own, not by the executor's."""
     entries = [METHODS[name] for name in names]
-    left, costs = False, []
+    left, last, costs = False, -2, []
+    linear = any(isinstance(entry.method, LinearAG) for entry in entries)
     for index, sigma in enumerate(sigmas):
         guided = not left and all(entry.gate(index, sigma, kind) for entry in entries)
-        costs.append(1 + guided + sum(entry.extra[0 if guided else 1] for entry in entries))
+        evaluated = guided and not (linear and index - last < 2)
+        evaluated |= any(entry.method.needs_uncond for entry in entries)
+        last = index if evaluated else last
+        costs.append(1 + evaluated + sum(entry.extra[0 if guided else 1] for entry in entries))
+        costs[-1] += guided * sum(min(entry.ahead, len(sigmas) - 1 - index) for entry in entries)
         left |= guided and any(isinstance(entry.method, AdaptiveGuidance) for entry in entries)
     return costs

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from rudder import bench
-from rudder.bench import calibrate, cells, cost, generate, rare, rareshapes
+from rudder.bench import calibrate, cells, cost, generate, guidance, guidanceworlds, rare, rareshapes, truth
 from rudder.guidance.blend import FixedBlend
 from rudder.guidance.contract import Prompt
 from rudder.guidance.space import Parametrisation
@@ -62,13 +62,17 @@ def test_evaluations_are_counted_and_as_predicted(quick):
 def test_every_method_of_the_pack_has_a_row():
     import pkgutil
 
-    from rudder import guidance
+    from rudder import guidance as folder
     from rudder.guidance.contract import Guidance, Prompt
 
-    modules = [importlib.import_module(f"rudder.guidance.{m.name}") for m in pkgutil.iter_modules(guidance.__path__)]
+    modules = [importlib.import_module(f"rudder.guidance.{m.name}") for m in pkgutil.iter_modules(folder.__path__)]
     classes = {c for module in modules for c in vars(module).values() if isinstance(c, type)}
     pack = {c.__name__ for c in classes if issubclass(c, Guidance) and c is not Guidance and c.title}
-    assert {type(m).__name__ for row in cost.ROWS for m in row.methods(Prompt([], "anchor"))} == pack
+    rows = {type(m).__name__ for row in cost.ROWS for m in row.methods(Prompt([], "anchor"))}
+    assert rows | set(cost.ELSEWHERE) == pack and not rows & set(cost.ELSEWHERE)
+    given = guidance.Given(Prompt([], "anchor"), Parametrisation.EPS, 7.5)
+    rows = {type(m).__name__ for row in guidance.ROWS.values() for m in row.make(given)} - {"AsUncond"}
+    assert rows | set(guidance.ELSEWHERE) == pack and not rows & set(guidance.ELSEWHERE)
 
 
 def test_a_table_is_markdown_and_json(quick, tmp_path):
@@ -392,10 +396,144 @@ def test_calibration_runs_plain_guidance_alone(demo_files, stand_in, tmp_path, m
     assert drop == {"common": None, "rare": pytest.approx(common - rare_ones)}
 
 
+def test_what_a_node_of_the_host_cannot_do_is_said(demo_files, quick):
+    """It refuses (no map of attention) or does nothing (no middle block) on the flow transformer."""
+    assert not any("Left out" in note for note in quick.notes)
+    model, conds = cost.demo_model(demo_files["flux"])
+    rows = {row.name.split()[-1]: row for row in cost.ROWS if row.own}
+    why = {name: cost.refusal(cost.patched(model, rows[name], conds), model, conds, 1, 3, 16)
+           for name in ("SelfAttentionGuidance", "PerturbedAttentionGuidance", "TCFG")}
+    assert why["SelfAttentionGuidance"].startswith("it fails: ") and why["TCFG"] == ""
+    assert why["PerturbedAttentionGuidance"] == "it changes nothing on this model, and says nothing"
+
+
+def test_our_nodes_stand_beside_those_of_the_host(quick):
+    said = [note for note in quick.notes if " against ComfyUI's own node " in note]
+    assert len(said) == 3 and all("batch 2: " in note and "batch 1: " in note for note in said)
+    assert {row.like for row in cost.ROWS if row.like} < {row.name for row in cost.ROWS}
+
+
 def test_cost_takes_both_demo_models(demo_files):
     table = cost.main(bench.Options(quick=True, models=tuple(map(str, demo_files.values()))))
     assert {row["model"] for row in table.rows} == {"shapes-unet", "shapes-flux"}
     assert all(row["as_predicted"] for row in table.rows)
+
+
+# ---------------------------------------------------------------- the table guidance
+
+def test_the_guidance_prompts_are_fixed():
+    assert guidance.digest(256) == "bb2632bfc7307641"
+    pair = guidance.cells_of("apg", 5.0, 7)
+    assert [(c.category, c.split, c.n) for c in pair] == [("frequent", "dev", 4), ("ordinary", "dev", 3)]
+
+
+def test_true_renders_show_what_is_said():
+    from rudder.bench import judge
+
+    prompts = [p for cell in guidance.cells_of("cfg", 1.0, 32) for p in cell.prompts]
+    pictures = truth.renders(prompts, 1)
+    reading = judge.load()(torch.from_numpy(pictures))
+    assert np.mean(cells.marks(reading, prompts)[1]) > 0.9
+    assert np.array_equal(pictures, truth.renders(prompts, 1))
+    assert not np.array_equal(pictures, truth.renders(prompts, 2))
+
+
+def test_a_changed_method_costs_its_own_pictures_alone(monkeypatch):
+    """Cells are named by the settings and the file of their method, and by what that file imports."""
+    anchor, kind = Prompt((), "anchor"), Parametrisation.EPS
+    code = {key: cells.code_of(row.parts(guidance.Given(anchor, kind, 7.5))) for key, row in guidance.ROWS.items()}
+    assert code.pop("cfg") == "" and len(set(code.values())) == len(code)
+    other = guidance.Row("another eta", lambda g: (guidance.APG(eta=0.5),))
+    assert cells.code_of(other.parts(guidance.Given(anchor, kind, 7.5))) != code["apg"]
+    files = set()
+    cells.collect(ROOT / "guidance" / "beta_cfg.py", files)
+    names = {file.name for file in files}
+    assert names >= {"beta_cfg.py", "curve.py", "cfg.py"} and "contract.py" not in names
+
+
+def test_the_guidance_table(demo_files, stand_in, tmp_path, monkeypatch):
+    monkeypatch.setattr(guidanceworlds, "WORLDS", {})
+    options = bench.Options(models=tuple(map(str, demo_files.values())), n=8, quick=True, work=tmp_path / "work")
+    half = guidance.main(replace(options, shard=(0, 2)))
+    assert any("are not there yet" in note for note in half.notes)
+    table = guidance.main(options)
+    assert not any("are not there yet" in note for note in table.notes)
+    part = table.parts[0]
+    rows = {(r["model"], r["method"], r.get("cfg")): r for r in part.rows}
+    wanted = {(f"shapes-{kind}", guidance.ROWS[key].name, cfg) for kind in demo_files
+              for key, cfg in guidance.plan(True)}
+    assert set(rows) - wanted == {("", "true renders", None), ("", "true renders through the autoencoder", None)}
+    for name in wanted:
+        row = rows[name]
+        assert set(row) >= {"accuracy", "saturation", "frechet", "evaluations", "seconds"} and row["n"] == 8
+        assert ("more right" in row) == (name[1] != "CFG")
+        assert all(row[k].low <= row[k].value <= row[k].high for k in ("accuracy", "saturation", "frechet"))
+    for kind in demo_files:
+        mine = {method: row for (model, method, cfg), row in rows.items() if (model, cfg) == (f"shapes-{kind}", 15)}
+        count = {method: row["evaluations"] for method, row in mine.items()}
+        assert count["CFG"] == count["APG"] == count["TCFG"] == 12 and count["AAPB"] == count["Perp-Neg"] == 18
+        assert 6 < count["limited interval"] < 12 and 6 < count["Adaptive Guidance"] <= 12
+        assert rows[f"shapes-{kind}", "CFG", 1.0]["evaluations"] == 6
+        assert sum(f", shapes-{kind}: on the front: " in note for note in table.notes) >= 1
+    table.facts |= bench.facts(0.0, True)
+    table.save(tmp_path)
+    for name in ("evaluations", "weight", "sheet-shapes-unet", "sheet-shapes-flux"):
+        assert (tmp_path / f"guidance-{name}.png").read_bytes().startswith(b"\x89PNG")
+    record = json.loads((tmp_path / "guidance.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    assert set(record["rows"][0]["frechet"]) == {"value", "low", "high"}
+    again = guidance.main(options)
+    assert again.parts[0].rows == part.rows, "a second run paints nothing new and says the same"
+
+
+def test_each_picture_counts_its_own_evaluations(painter):
+    """Where a method ends guidance picture by picture, a batch would be charged for its slowest."""
+    from rudder.guidance.adaptive import AdaptiveGuidance
+
+    made = painter.paint(TEXTS, [1, 2, 3], (), lambda anchor: (AdaptiveGuidance(gamma=-1.0),), FEW, alone=True)
+    assert made.each == (5.0, 5.0, 5.0) and made.evaluations == 5  # one guided step of four
+    batch = painter.paint(TEXTS, [1, 2, 3], (), lambda anchor: (AdaptiveGuidance(gamma=-1.0),), FEW)
+    assert close(made.images, batch.images) and batch.each == ()
+
+
+def test_the_expectations_are_computed_from_what_was_seen():
+    """Said of made-up pictures whose answer is known: every line names its figures and ends in a verdict."""
+    prompts, rng = [f"prompt {k % 64}" for k in range(256)], np.random.default_rng(0)
+    features = rng.standard_normal((256, 4))
+
+    def made(saturation: float, spread: float, evaluations: float) -> guidance.Seen:
+        shade = np.full(256, saturation)
+        return guidance.Seen(prompts, np.ones(256), shade, spread * features, np.ones(9), evaluations)
+
+    seen = {("m", "cfg", cfg): made(0.3, 1.0, 50.0) for cfg in (7.5, 15.0)}
+    seen |= {("m", key, 15.0): made(0.25, 1.0, 50.0) for key in guidance.SATURATION}
+    seen |= {("m", "interval", 7.5): made(0.3, 1.5, 40.0), ("m", "adaptive", 7.5): made(0.3, 1.0, 45.0)}
+    lines = guidance.expectations(guidance.Found(seen, dict.fromkeys(prompts, 0.2), {}))
+    assert len(lines) == 5
+    assert all("cfg 15: nearer by 0.050 (0.050 .. 0.050), " in line and ": confirmed." in line for line in lines[:3])
+    assert "at 7.5 against CFG at 15: diversity +" in lines[3] and lines[3].endswith("confirmed.")
+    assert "cfg 7.5: 10.0 (10.0 .. 10.0) % saved" in lines[4] and lines[4].endswith("REFUTED.")
+
+
+def test_the_exact_worlds_have_a_row_for_every_method(tmp_path, monkeypatch):
+    monkeypatch.setattr(guidanceworlds, "WORLDS", {"overlap": guidanceworlds.WORLDS["overlap"]})
+    options = bench.Options(quick=True, work=tmp_path)
+    [half], missing = guidanceworlds.parts(replace(options, shard=(0, 2)), tmp_path)
+    assert missing > 0
+    [table], missing = guidanceworlds.parts(options, tmp_path)
+    assert missing == 0
+    rows = {(r["model"], r["method"], r.get("cfg")): r for r in table.rows}
+    assert set(rows) == {("", guidanceworlds.FLOOR, None)} | {
+        (kind.value, row.name, cfg) for kind in guidanceworlds.KINDS for row in guidance.ROWS.values() if row.worlds
+        for cfg in row.at(guidance.QUICK_CFGS)}
+    for kind in ("eps", "flow"):
+        plain, burnt, limited = rows[kind, "CFG", 1.0], rows[kind, "CFG", 15.0], rows[kind, "limited interval", 15.0]
+        assert plain["evaluations"] == 1 and burnt["evaluations"] == 2 > limited["evaluations"]
+        assert burnt["w2"].value > 2 * plain["w2"].value  # over-saturation: far outside of what chance can do
+        assert limited["more inside"].value == pytest.approx(limited["inside"].value - burnt["inside"].value)
+    assert guidanceworlds.parts(options, tmp_path)[0][0].rows == table.rows
+    assert sum("on the front: " in note for note in table.notes) == 2
+    table.save(tmp_path / "out")
+    assert (tmp_path / "out" / "guidance-exact-overlap-exact.png").is_file()
 
 
 def test_models_are_found_by_name_and_missing_ones_named(demo_files):

@@ -38,7 +38,10 @@ from .models import calls, conditioning, evaluate, latent, sample, tiny_wan
 from .registry import METHODS, NEGATIVE, POSITIVE, evaluations, prompt
 
 STEPS, WEIGHT, SEED = 4, 4.0, 7
-NEW = ("schedule", "Perp-Neg", "extra negative", "APG", "TCFG", "CFG-Zero*", "beta-CFG", "adaptive", "TAG", "C-TAG")
+NEW = (
+    "schedule", "Perp-Neg", "extra negative", "APG", "TCFG", "CFG-Zero*", "beta-CFG", "adaptive", "TAG", "C-TAG",
+    "LinearAG", "dynamic", "temporal TAG",
+)  # fmt: skip
 every_method = pytest.mark.parametrize("name", NEW)
 
 
@@ -149,7 +152,7 @@ def test_methods_without_a_neutral_setting_are_their_formula(model, kind, name):
     torch.testing.assert_close(ours["uncond_denoised"], x - e_u, rtol=1e-4, atol=1e-4)  # what others are told
 
 
-@pytest.mark.parametrize("name", [name for name in NEW if name != "TAG"])
+@pytest.mark.parametrize("name", [name for name in NEW if name not in ("TAG", "temporal TAG")])
 def test_without_guidance_a_method_says_so_and_names_the_way_out(model, kind, name):
     patched = guided(model, name)
     with pytest.raises(GuidanceError) as error:
@@ -159,8 +162,9 @@ def test_without_guidance_a_method_says_so_and_names_the_way_out(model, kind, na
         assert words in str(error.value), error.value
 
 
-def test_tag_works_without_guidance(model, kind):
-    run = sample(guided(model, "TAG"), kind, POSITIVE, NEGATIVE, cfg=1.0)
+@pytest.mark.parametrize("name", ["TAG", "temporal TAG"])
+def test_tag_works_without_guidance(model, kind, name):
+    run = sample(guided(model, name), kind, POSITIVE, NEGATIVE, cfg=1.0)
     assert run.isfinite().all() and not torch.equal(run, sample(model, kind, POSITIVE, NEGATIVE, cfg=1.0))
 
 

@@ -257,6 +257,32 @@ def test_a_sampler_that_left_the_graph_leaves_the_plot():
     assert list(recorded(recorder, None)) == ["CFG 1.5", "CFG 4", "CFG 7"]  # by node, not as they ran
 
 
+def a_run(cfg: float, *methods: str) -> dict:
+    step = {"index": 0, "sigma": 1.0, "weight": cfg}
+    return {"methods": list(methods), "cfg": cfg, "steps": [step, {**step, "index": 1}]}
+
+
+def test_several_traces_in_one_plot():
+    first = Recorder(runs={"3": a_run(4.0), "5": a_run(4.0, "APG")})
+    second, third = Recorder(runs={"7": a_run(7.0)}, name="flux"), Recorder(runs=first.runs | {"9": a_run(4.0)})
+    more = {"trace_0": second, "trace_1": third}
+    assert list(recorded(first, None, more)) == ["CFG 4", "APG", "flux", "CFG 4 #2"], "shared runs are shown once"
+    second.runs["8"] = a_run(7.0, "APG")
+    assert list(recorded(second, None)) == ["flux: CFG 7", "flux: APG"]
+    assert list(recorded(first, None, more, "plain\n\nmine\n")) == ["plain", "APG", "mine", "flux: APG", "CFG 4"]
+    alone = call(RudderTracePlot, trace=first, after=None)[0]
+    over = call(RudderTracePlot, trace=first, after=None, more_traces={"trace_0": second}, more_after={})[0]
+    assert not torch.equal(alone, over)
+
+
+def test_several_traces_with_too_many_labels_or_an_empty_one():
+    first = Recorder(runs={"3": a_run(4.0)})
+    with pytest.raises(ValueError, match="'labels' has 2 lines and 1 runs were traced"):
+        call(RudderTracePlot, trace=first, after=None, labels="a\nb")
+    with pytest.raises(ValueError, match="The trace at 'trace_1' holds no run"):
+        call(RudderSaveTrace, trace=first, after=None, more_traces={"trace_1": Recorder()})
+
+
 def test_the_next_run_of_a_sampler_replaces_its_last(model):
     model, recorder = call(RudderTrace, model=model)
     for steps in (2, 4):
@@ -269,7 +295,7 @@ def test_the_next_run_of_a_sampler_replaces_its_last(model):
 @pytest.mark.parametrize("recorder", [Recorder(), Recorder(runs={"3": {"methods": [], "cfg": 4.0, "steps": []}})])
 @pytest.mark.parametrize(("node", "inputs"), [(RudderTracePlot, {}), (RudderSaveTrace, {})])
 def test_an_empty_trace_says_what_to_wire(recorder, node, inputs):
-    with pytest.raises(ValueError, match="holds no run. Wire the MODEL output of Guidance Trace"):
+    with pytest.raises(ValueError, match="'trace' holds no run. Wire the MODEL output of Guidance Trace"):
         call(node, prompt={"8": {}}, trace=recorder, after=None, **inputs)
 
 

@@ -15,7 +15,7 @@ from rudder.guidance.trace import Recorder, Trace
 from rudder.host import add_guidance
 
 from .models import sample
-from .registry import EXCLUSIVE, METHODS, NEGATIVE, POSITIVE, evaluations
+from .registry import EXCLUSIVE, METHODS, NEGATIVE, POSITIVE, evaluations, fitted
 
 STEPS, WEIGHT = 3, 4.0
 PAIRS = list(itertools.combinations(METHODS, 2))
@@ -36,8 +36,8 @@ def test_every_method_is_in_the_registry():
 
 
 def wired(model, *names: str):
-    for name in names:
-        model = add_guidance(model, METHODS[name].method)
+    for method in [fitted(name, model) for name in names]:
+        model = add_guidance(model, method)
     return model
 
 

@@ -46,6 +46,12 @@ def test_twins_get_numbers():
     assert len(labelled([run("AAPB #2"), run("AAPB"), run("AAPB")])) == 3  # no run is ever lost to a label
 
 
+def test_names_go_before_what_a_run_did():
+    runs = [run("AAPB"), run(), run()]
+    assert list(labelled(runs, ["", "mine"])) == ["AAPB", "mine", "CFG 7"]
+    assert list(labelled(runs, ["mine", "mine"])) == ["mine", "mine #2", "CFG 7"]
+
+
 def test_series_are_batch_means_of_the_steps_that_have_them():
     steps = [
         {"index": 0, "gamma": [0.25, 0.75], "weight": 7},
