@@ -15,14 +15,17 @@ import ast
 import hashlib
 import json
 import os
+import re
 import statistics
+import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,11 +39,13 @@ BATCH = 32  # pictures a file and a batch: a process that is ended loses at most
 #: What decides a picture besides model and settings. The file of every method of a row is among them.
 CODE = ("guidance/contract.py", "guidance/space.py", "guidance/blend.py", "guidance/aapb.py", "guidance/r2f.py",
         "host/patch.py", "host/run.py", "host/conds.py", "host/demo.py", "bench/generate.py")
+PURE = ("guidance", "attention", "inversion", "identity")  # folders of methods
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What the pictures have in common. ``method`` is the key of a row, ``anchor`` a strategy, '' for none."""
+    """What the pictures have in common. ``method`` is the key of a row, ``anchor`` a strategy, '' for none, ``code`` a
+    digest of what decides the pictures beside what the store's folder stands for, '' for nothing."""
 
     category: str
     split: str
@@ -48,11 +53,12 @@ class Cell:
     anchor: str = ""
     cfg: float = 5.0
     n: int = 512
+    code: str = ""
 
     @property
     def key(self) -> str:
         """Name of the folder. It does not hold ``n``: a larger table goes on with the pictures of a smaller one."""
-        parts = (self.category, self.split, f"cfg{self.cfg:g}", self.method, self.anchor)
+        parts = (self.category, self.split, f"cfg{self.cfg:g}", self.method, self.anchor, self.code)
         return "_".join(p.replace(" ", "-") for p in parts if p)
 
     def prompt(self, i: int) -> RarePrompt:
@@ -72,22 +78,52 @@ class Cell:
 
 @dataclass(frozen=True)
 class Job:
-    """One batch of a cell, pictures ``first`` to ``last`` (exclusive)."""
+    """One batch of a cell, pictures ``first`` to ``last`` (exclusive); ``more`` goes to ``Painter.paint`` as it is."""
 
     cell: Cell
     methods: Methods | None
     first: int
     last: int
+    more: Mapping[str, Any] = field(default_factory=dict)
 
 
-def jobs(cell: Cell, methods: Methods | None) -> list[Job]:
-    return [Job(cell, methods, first, min(first + BATCH, cell.n)) for first in range(0, cell.n, BATCH)]
+def jobs(cell: Cell, methods: Methods | None = None, **more: Any) -> list[Job]:
+    return [Job(cell, methods, first, min(first + BATCH, cell.n), more) for first in range(0, cell.n, BATCH)]
 
 
 def code_digest() -> str:
     """Of CODE, without comments and layout."""
     trees = [ast.dump(ast.parse((ROOT / file).read_text(encoding="utf-8"))) for file in CODE]
     return hashlib.sha256("\n".join(trees).encode()).hexdigest()
+
+
+def code_of(parts: Sequence[Any]) -> str:
+    """What methods and a solver (dataclasses: their settings and files; functions: their files) add to what a store's
+    folder stands for, 8 hex digits; '' for nothing. So a changed method costs its own pictures and no others."""
+    if not parts:
+        return ""
+    files: set[Path] = set()
+    inside = [value for part in parts for value in vars(part).values() if is_dataclass(value)]
+    for part in (*parts, *inside):
+        collect(Path(sys.modules[part.__module__].__file__).resolve(), files)
+    trees = [ast.dump(ast.parse(f.read_text(encoding="utf-8"))) for f in sorted(files)]
+    settings = re.sub(r" at 0x[0-9a-f]+", "", repr(parts))
+    return hashlib.sha256("\n".join([settings, *trees]).encode()).hexdigest()[:8]
+
+
+def collect(file: Path, found: set[Path]) -> None:
+    """``file`` and what it imports from the folders of pure methods, without what CODE holds."""
+    if file in found or not file.is_file() or file.relative_to(ROOT).as_posix() in CODE:
+        return
+    found.add(file)
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            base = file.parents[node.level - 1] if node.level else ROOT
+            path = base.joinpath(*(node.module or "").removeprefix("rudder.").split("."))
+            names = [path.with_suffix(".py"), *(path / f"{alias.name}.py" for alias in node.names)]
+            for name in names:
+                if name.is_relative_to(ROOT) and name.relative_to(ROOT).parts[0] in PURE:
+                    collect(name, found)
 
 
 @contextmanager
@@ -132,10 +168,11 @@ class Store:
         seeds = [job.cell.seed(i) for i in index]
         anchors = [p.anchors[job.cell.anchor] for p in prompts] if job.cell.anchor else ()
         settings = replace(self.settings, cfg=job.cell.cfg)
-        made = self.painter.paint([p.text for p in prompts], seeds, anchors, job.methods, settings)
+        made = self.painter.paint([p.text for p in prompts], seeds, anchors, job.methods, settings, **job.more)
         about = {"prompts": [p.text for p in prompts], "anchors": list(anchors), "seeds": seeds,
                  "model": self.painter.name, "settings": asdict(settings), "method": job.cell.method,
-                 "commit": self.commit, "evaluations": made.evaluations, "seconds": made.seconds}
+                 "commit": self.commit, "evaluations": made.evaluations, "seconds": made.seconds,
+                 "each": list(made.each)}
         text = PngImagePlugin.PngInfo()
         text.add_text("rudder", json.dumps(about))
         file = self.file(job)
@@ -195,13 +232,18 @@ def score(images: np.ndarray, prompts: Sequence[RarePrompt], judge: Callable) ->
     """Judge pictures uint8 ``[n, 64, 64, 3]`` by what their prompts count as success."""
     pictures = torch.from_numpy(images).movedim(3, 1).float() / 255
     reading = judge(pictures)
-    parts = {name: values.tolist() for name, values in reading.score([p.truth for p in prompts]).items()}
-    right = [float(all(parts[name][i] == 1 for name in p.success)) for i, p in enumerate(prompts)]
+    parts, right = marks(reading, prompts)
     texts = [p.text for p in prompts]
     groups = [[i for i, t in enumerate(texts) if t == text] for text in dict.fromkeys(texts)]
     spread = [measures.diversity(reading.features[group]) for group in groups if len(group) > 1]
     diversity = statistics.fmean(spread) if spread else None
     return Scores(texts, right, parts, measures.saturation(pictures).tolist(), diversity)
+
+
+def marks(reading: Any, prompts: Sequence[RarePrompt]) -> tuple[dict[str, list[float]], list[float]]:
+    """The fields of the judge's score, and 1 where all that a prompt counts as success is right, else 0."""
+    parts = {name: values.tolist() for name, values in reading.score([p.truth for p in prompts]).items()}
+    return parts, [float(all(parts[name][i] == 1 for name in p.success)) for i, p in enumerate(prompts)]
 
 
 def digest_of_judge() -> str:

@@ -88,11 +88,13 @@ def counting(model: Any) -> tuple[Any, list[int]]:
 @dataclass(frozen=True)
 class Painted:
     """``images`` uint8 ``[B, 64, 64, 3]``; model evaluations of each picture, counted in the network; seconds of
-    sampling for each picture, without encoding and decoding."""
+    sampling for each picture, without encoding and decoding. ``each``: evaluations picture by picture, where they were
+    painted one by one."""
 
     images: np.ndarray
     evaluations: float
     seconds: float
+    each: tuple[float, ...] = ()
 
 
 class Painter:
@@ -136,29 +138,38 @@ class Painter:
     @torch.inference_mode()
     def paint(
         self, texts: Sequence[str], seeds: Sequence[int], anchors: Sequence[str] = (), methods: Methods | None = None,
-        settings: Settings | None = None,
+        settings: Settings | None = None, sampler: Any = None, alone: bool = False,
     ) -> Painted:
         """One picture for each text and seed.
 
         Args:
             texts: B prompts; the negative is the empty prompt.
             seeds: B seeds, each of its row's noise alone.
-            anchors: B second prompts for ``methods``.
+            anchors: B second prompts for ``methods``; none where they need none.
             methods: what is wired on the MODEL; plain CFG when None.
+            sampler: a SAMPLER in place of the one that the settings name.
+            alone: one run for each picture, for methods whose cost depends on what shares the batch.
 
         Raises:
             GuidanceError: a method cannot act, for example at cfg 1.
         """
         settings = settings or self.settings
+        if alone:
+            made = [self.paint([text], [seed], anchors[i:i + 1], methods, settings, sampler)
+                    for i, (text, seed) in enumerate(zip(texts, seeds))]
+            each = tuple(one.evaluations for one in made)
+            seconds = sum(one.seconds for one in made) / len(made)
+            return Painted(np.concatenate([one.images for one in made]), sum(each) / len(made), seconds, each)
         model, rows = counting(self.model)
-        for method in methods(Prompt(self.conditioning(anchors), "anchor")) if methods else ():
+        anchor = Prompt(self.conditioning(anchors) if anchors else (), "anchor")
+        for method in methods(anchor) if methods else ():
             model = add_guidance(model, method)
         guider = comfy.samplers.CFGGuider(model)
         guider.set_conds(self.conditioning(texts), self.conditioning([""]))
         guider.set_cfg(settings.cfg)
         sigmas = comfy.samplers.calculate_sigmas(
             model.get_model_object("model_sampling"), settings.scheduler, settings.steps)
-        sampler = comfy.samplers.sampler_object(settings.sampler)
+        sampler = sampler or comfy.samplers.sampler_object(settings.sampler)
         start, latent = noise(seeds, self.latent_shape), torch.zeros(len(texts), *self.latent_shape)
         begun = time.perf_counter()
         out = guider.sample(start, latent, sampler, sigmas, disable_pbar=True, seed=0)

@@ -8,10 +8,11 @@ little on the wide side, because the second stage repeats noise that the first a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import t as student
 
 RESAMPLES = 2000
 CHUNK = 4_000_000  # picture draws in memory at once
@@ -54,23 +55,42 @@ def mean_interval(
     values, labels = values[~np.isnan(values)], labels[~np.isnan(values)]
     if not len(values):
         raise ValueError("no value to take the mean of")
-    _, which = np.unique(labels, return_inverse=True)
+    return of_means(values[:, None], labels, rng, lambda means: means[..., 0], level=level, resamples=resamples)
+
+
+def of_means(
+    values: np.ndarray, clusters: Sequence, rng: np.random.Generator, statistic: Callable[[np.ndarray], np.ndarray], *,
+    level: float = 0.95, resamples: int = RESAMPLES,
+) -> Interval:
+    """A function of several means, ``[..., K] -> [...]``, of what was measured on the same pictures, ``values``
+    ``[N, K]`` without nan, with its interval; resampled as :func:`mean_interval` does."""
+    _, which = np.unique(np.asarray(clusters), return_inverse=True)
     sizes = np.bincount(which)
     order = np.argsort(which, kind="stable")
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
     grouped, width = values[order], int(sizes.max())
     means: list[np.ndarray] = []
-    rows = max(1, CHUNK // (len(sizes) * width))
+    rows = max(1, CHUNK // (len(sizes) * width * values.shape[1]))
     for done in range(0, resamples, rows):
         count = min(rows, resamples - done)
         drawn = rng.integers(len(sizes), size=(count, len(sizes)))[..., None]
         inside = (rng.random((count, len(sizes), width)) * sizes[drawn]).astype(int)
-        taken = np.arange(width) < sizes[drawn]
+        taken = (np.arange(width) < sizes[drawn])[..., None]
         sums = np.where(taken, grouped[starts[drawn] + inside], 0.0).sum((1, 2))
         means.append(sums / taken.sum((1, 2)))
     tail = (1 - level) / 2
-    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
-    return Interval(float(values.mean()), float(low), float(high))
+    low, high = np.quantile(statistic(np.concatenate(means)), [tail, 1 - tail])
+    return Interval(float(statistic(values.mean(0))), float(low), float(high))
+
+
+def jackknife(whole: float, without: Sequence[float], level: float = 0.95) -> Interval:
+    """A statistic of all prompts, and its interval from what it is ``without`` each of G equal groups of them
+    (Efron & Tibshirani 1993, ch. 11, with Student's t of G - 1). For what bootstrap draws bias, such as a Frechet
+    distance, which grows with every picture that is drawn twice."""
+    left, groups = np.asarray(without, dtype=float), len(without)
+    error = float(((groups - 1) / groups * ((left - left.mean()) ** 2).sum()) ** 0.5)
+    reach = error * float(student.ppf((1 + level) / 2, groups - 1))
+    return Interval(whole, whole - reach, whole + reach)
 
 
 def difference(

@@ -1,0 +1,395 @@
+"""Every guidance method of the pack on ordinary prompts, over weights of 1 to 15: what it is worth and what it costs.
+
+The prompts are a fixed mixture, half `frequent` and half `ordinary` of RareShapes: here a model knows what is asked of
+it, and guidance has to make pictures right without burning them or making them all alike. (What is rare is the table
+`rare`.) Every method runs at its paper's defaults with the same prompts and seeds, in both demo models and in the exact
+worlds; nothing is tuned on what is measured.
+
+    python3 dev.py bench guidance --threads 1                 # again to go on
+    python3 dev.py bench guidance --threads 1 --shard 0/2     # and 1/2 beside it; then once without
+
+A table is made of whatever is painted; what is missing is named below it. The most important is painted first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, is_dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from rudder.guidance.aapb import AAPB
+from rudder.guidance.adaptive import AdaptiveGuidance
+from rudder.guidance.answer import ANSWER
+from rudder.guidance.apg import APG
+from rudder.guidance.beta_cfg import BetaCFG
+from rudder.guidance.blend import FixedBlend
+from rudder.guidance.cfg_zero import CFGZero
+from rudder.guidance.contract import Guidance, Prompt
+from rudder.guidance.dynamic import DynamicCFG
+from rudder.guidance.interval import LimitedInterval
+from rudder.guidance.linear_ag import LinearAG
+from rudder.guidance.negative import ExtraNegative
+from rudder.guidance.perpneg import PerpNeg
+from rudder.guidance.r2f import R2F, stop_fraction
+from rudder.guidance.schedule import Schedule
+from rudder.guidance.scorers import Overshoot
+from rudder.guidance.space import Parametrisation
+from rudder.guidance.tag import CTAG, TAG
+from rudder.guidance.tcfg import TCFG
+from rudder.guidance.temporal import TemporalTAG
+from rudder.guidance.temporal_net import TimePredictor
+from rudder.host.demo import MODELS
+from rudder.host.samplers import cfg_pp, w2sd
+from rudder.inversion.cfg_pp import CFGPP
+from rudder.inversion.w2sd import W2SD
+
+from . import Options, Table, cells, seen
+from .cells import Cell, Store
+from .exact.table import window
+from .generate import SETTINGS, files
+from .negative import AsUncond
+from .rare import FAMILY
+from .seen import HIGH, MARGIN, Seen
+
+CATEGORIES = ("frequent", "ordinary")  # the mixture, half and half
+SPLIT = "dev"
+CFGS = (7.5, 15.0, 10.0, 5.0, 3.0, 2.0, 1.0)  # in the order in which they are painted
+QUICK_CFGS = (1.0, 15.0)
+LAMBDA = 0.6 / 7.5  # CFG++: the paper's lambda of 0.6 matches a weight of about 7.5
+SOLVERS = {"dpmpp_2m": "dpm++ 2m", "euler": "euler"}  # CFG++ of what the other rows are sampled with
+PLAIN = "cfg"  # the key of the row that the others are compared with
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a row may use: the second prompt (by the row's ``anchor``), what the model predicts, the table's weight, the
+    host's name of the sampler, and the MODEL without any method."""
+
+    anchor: Prompt
+    kind: Parametrisation
+    cfg: float
+    sampler: str = "dpmpp_2m"
+    model: Any = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method at its paper's defaults.
+
+    Attributes:
+        make: what is wired on the MODEL, in wiring order.
+        anchor: which of a prompt's anchors is the second prompt: 'superclass', or 'harmful' ("a mosaic red heart" for
+            "a spiky red heart") for methods that take a negative; '' for none.
+        least, most: the weights at which the method is defined; at 1 there is no guidance to shape.
+        alone: paint picture by picture, because the cost of one depends on what shares its batch.
+        sampler: the SAMPLER instead of the model's own; must draw no noise.
+        worlds: whether it can run in the exact worlds.
+    """
+
+    name: str
+    make: Callable[[Given], tuple[Guidance, ...]] = lambda given: ()
+    anchor: str = ""
+    least: float = 2.0
+    most: float = 15.0
+    alone: bool = False
+    sampler: Callable[[Given], Any] | None = None
+    worlds: bool = True
+
+    def at(self, cfgs: Sequence[float]) -> list[float]:
+        return [cfg for cfg in cfgs if self.least <= cfg <= self.most]
+
+    def parts(self, given: Given) -> list[Any]:
+        """What decides the pictures beside the weight: methods, and the sampler's function and solver."""
+        sampler = self.sampler(given) if self.sampler else None
+        solver = [v for v in sampler.extra_options.values() if is_dataclass(v)] if sampler else []
+        return [*self.make(given), *([sampler.sampler_function] if sampler else []), *solver]
+
+
+def limited(given: Given) -> tuple[Guidance, ...]:
+    low, high = window(given.kind)
+    return (LimitedInterval(sigma_low=low, sigma_high=high),)
+
+
+def r2f(given: Given) -> tuple[Guidance, ...]:
+    return (R2F(frequent=given.anchor, stop=stop_fraction(3, family=FAMILY.get(given.kind, "SD3"))),)
+
+
+@lru_cache(maxsize=1)
+def time_predictor() -> TimePredictor:
+    """The shipped one, of the latents that both demo models share. It is differentiated, so no inference mode."""
+    with torch.inference_mode(False):
+        weights = load_file(MODELS / "shapes-time.safetensors")
+        return TimePredictor({name: weight.float() for name, weight in weights.items()})
+
+
+#: Every row by its key, the most important first. A new method is one more line.
+ROWS: dict[str, Row] = {
+    PLAIN: Row("CFG", least=1.0),
+    "apg": Row("APG", lambda g: (APG(),)),
+    "cfg-zero": Row("CFG-Zero*", lambda g: (CFGZero(),)),
+    "tcfg": Row("TCFG", lambda g: (TCFG(),)),
+    "interval": Row("limited interval", limited),
+    "adaptive": Row("Adaptive Guidance", lambda g: (AdaptiveGuidance(),), alone=True),
+    "beta-cfg": Row("beta-CFG", lambda g: (BetaCFG(),)),
+    "triangle": Row("weak-strong-weak", lambda g: (Schedule(shape="triangle"),)),
+    "tag": Row("TAG", lambda g: (TAG(),), least=1.0),
+    "c-tag": Row("C-TAG", lambda g: (CTAG(),)),
+    "cfg++": Row("CFG++", most=0.999 / LAMBDA,
+                 sampler=lambda g: cfg_pp(CFGPP(strength=g.cfg * LAMBDA, solver=SOLVERS[g.sampler]))),
+    "w2sd": Row("W2SD, weak cfg 1", sampler=lambda g: w2sd(W2SD())),
+    "temporal-tag": Row("TAG, temporal", lambda g: (TemporalTAG(predictor=time_predictor()),), worlds=False),
+    "linear-ag": Row("LinearAG, held", lambda g: (LinearAG(end=0.5),)),
+    "dynamic": Row("dynamic CFG, no judge", lambda g: (DynamicCFG(scorer=Overshoot()),), least=7.5, most=7.5),
+    "answer": Row("ANSWER", lambda g: (ANSWER(),)),
+    "uncond-negative": Row("negative as uncond", lambda g: (AsUncond(negative=g.anchor),), "harmful"),
+    "extra-negative": Row("extra negative", lambda g: (ExtraNegative(negative=g.anchor),), "harmful"),
+    "perp-neg": Row("Perp-Neg", lambda g: (PerpNeg(negatives=(g.anchor,)),), "harmful"),
+    "aapb": Row("AAPB", lambda g: (AAPB(anchor=g.anchor),), "superclass"),
+    "r2f": Row("R2F", r2f, "superclass"),
+    "blend": Row("fixed blend", lambda g: (FixedBlend(anchor=g.anchor),), "superclass"),
+}  # fmt: skip
+#: Methods of the pack without a row, and why.
+ELSEWHERE = {
+    "CFG": "the sampler's own cfg is the row CFG", "Trace": "it changes nothing",
+    "InstructGuidance": "it needs a model that takes an image", "AutoGuidance": "it needs a worse model of the world",
+}  # fmt: skip
+SATURATION = ("apg", "cfg-zero", "tcfg")  # expected nearer the data than CFG at high cfg
+SAVES = 25.0  # percent of the evaluations that Adaptive Guidance is expected to save
+
+
+def plan(quick: bool) -> list[tuple[str, float]]:
+    """(method, cfg), the most important first: what the expectations speak of, then the other rows."""
+    order = QUICK_CFGS if quick else CFGS
+    first = (PLAIN, *SATURATION, "interval", "adaptive")
+    groups = (first, [key for key in ROWS if key not in first])
+    return [(key, cfg) for group in groups for cfg in order for key in group if cfg in ROWS[key].at(order)]
+
+
+def cells_of(key: str, cfg: float, n: int, kind: Parametrisation = Parametrisation.EPS) -> list[Cell]:
+    """The two halves of the mixture, together n pictures."""
+    code = cells.code_of(ROWS[key].parts(Given(Prompt((), "anchor"), kind, cfg, SETTINGS[kind].sampler)))
+    halves = zip(CATEGORIES, (n - n // 2, n // 2))
+    return [Cell(c, SPLIT, key, ROWS[key].anchor, cfg, count, code) for c, count in halves]
+
+
+def jobs_of(store: Store, cell: Cell) -> list[cells.Job]:
+    row, painter = ROWS[cell.method], store.painter
+
+    def given(anchor: Prompt) -> Given:
+        return Given(anchor, painter.parametrisation, cell.cfg, store.settings.sampler, painter.model)
+
+    more = {"alone": True} if row.alone else {}
+    more |= {"sampler": row.sampler(given(Prompt((), "anchor")))} if row.sampler else {}
+    methods = None if cell.method == PLAIN else lambda anchor: row.make(given(anchor))
+    return cells.jobs(cell, methods, **more)
+
+
+def digest(n: int) -> str:
+    """SHA-256 of the prompts, anchors and seeds of n pictures, 16 hex digits: pinned by a test."""
+    rows = [[p.text, p.anchors["superclass"], p.anchors["harmful"], cell.seed(i)]
+            for cell in cells_of(PLAIN, 1.0, n) for i, p in enumerate(cell.prompts)]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------- what was found
+
+@dataclass(frozen=True)
+class Found:
+    """What was seen of every painted (model, method, cfg), and of true renders: their mean saturation by prompt, and
+    rows of their own by name."""
+
+    seen: dict[tuple[str, str, float], Seen]
+    true: dict[str, float]
+    floors: dict[str, Seen]
+
+    def of(self, model: str) -> dict[tuple[str, float], Seen]:
+        return {(key, cfg): s for (m, key, cfg), s in self.seen.items() if m == model}
+
+    @property
+    def models(self) -> list[str]:
+        return list(dict.fromkeys(model for model, _, _ in self.seen))
+
+    @property
+    def data(self) -> float:
+        """Mean saturation of true renders."""
+        return float(np.mean(list(self.true.values())))
+
+
+COLUMNS = {"model": ("model", ""), "method": ("method", ""), "cfg": ("cfg", "g"), "n": ("pictures", "d"),
+           "accuracy": ("right, %", ".1f"), "more right": ("above CFG, points", "+.1f"),
+           "saturation": ("saturation", ".3f"), "nearer": ("nearer the data than CFG", "+.3f"),
+           "frechet": ("Frechet distance", ".1f"), "farther": ("above CFG's", "+.1f"),
+           "diversity": ("diversity", ".3f"), "more diverse": ("above CFG's", "+.3f"),
+           "evaluations": ("evaluations a picture", ".1f"), "seconds": ("s a picture", ".2f")}
+
+
+def row_of(model: str, method: str, s: Seen, plain: Seen | None = None, found: Found | None = None, **more) -> dict:
+    """One row; ``plain`` is CFG at the same weight."""
+    row = {"model": model, "method": method, **more, "n": len(s.right), "accuracy": seen.accuracy(s),
+           "saturation": seen.saturation(s), "frechet": seen.frechet(s), "diversity": seen.diversity(s)}
+    if plain is not None and plain is not s:
+        row |= {"more right": seen.more_right(s, plain), "nearer": seen.nearer(s, plain, found.true),
+                "farther": seen.frechet(s, plain), "more diverse": seen.more_diverse(s, plain)}
+    row |= {"evaluations": s.evaluations, "seconds": s.seconds}
+    return {k: v for k, v in row.items() if v is not None and not (isinstance(v, float) and np.isnan(v))}
+
+
+def rows_of(found: Found) -> list[dict]:
+    order = {key: i for i, key in enumerate(ROWS)}
+    out = [row_of("", name, s) for name, s in found.floors.items()]
+    for name in sorted(found.seen, key=lambda name: (name[0], order[name[1]], name[2])):
+        (model, key, cfg), s = name, found.seen[name]
+        out.append(row_of(model, ROWS[key].name, s, found.seen.get((model, PLAIN, cfg)), found, cfg=cfg))
+    return out
+
+
+def nearest(rows: list[dict]) -> list[dict]:
+    """Of every model and method the row with the smallest Frechet distance."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["model"], row["method"]), []).append(row)
+    return [min(group, key=lambda row: row["frechet"].value) for group in groups.values()]
+
+
+# ---------------------------------------------------------------- what it says
+
+def fronts(found: Found) -> list[str]:
+    """Which methods are on the front of accuracy against diversity and against evaluations, for each model."""
+    out = []
+    for model in found.models:
+        of = {(ROWS[key].name, cfg): s for (key, cfg), s in found.of(model).items()}
+        if all(not np.isnan(s.variety) for s in of.values()):
+            def freer(a, b, of=of) -> bool:
+                return seen.more_right(of[a], of[b]).low >= 0 and seen.more_diverse(of[a], of[b]).low >= 0
+
+            where = seen.standings({name: (s.accuracy, s.variety) for name, s in of.items()}, freer)
+            out.append(f"Accuracy against diversity, {model}: {seen.told(where)}")
+
+        def cheaper(a, b, of=of) -> bool:
+            return of[a].evaluations <= of[b].evaluations and seen.more_right(of[a], of[b]).low > 0
+
+        where = seen.standings({name: (s.accuracy, -s.evaluations) for name, s in of.items()}, cheaper)
+        out.append(f"Accuracy against evaluations, {model}: {seen.told(where)}")
+    return out
+
+
+def expectations(found: Found) -> list[str]:
+    """The three expectations that were written down before the first run, each confirmed, refuted or undecided."""
+    out = []
+    for model in found.models:
+        of = found.of(model)
+        plain = {cfg: s for (key, cfg), s in of.items() if key == PLAIN}
+        for key in SATURATION:
+            said = []
+            for cfg in (c for c in HIGH if c in plain and (key, c) in of):
+                a, b = of[key, cfg], plain[cfg]
+                effect, right = seen.nearer(a, b, found.true), seen.more_right(a, b)
+                said.append(f"cfg {cfg:g}: nearer by {effect:.3f}, accuracy {right:+.1f} points: "
+                            f"{seen.verdict(effect, 0, right)}")
+            if said:
+                out.append(f"Expected: {ROWS[key].name} keeps saturation nearer the data than CFG at high cfg and "
+                           f"equal accuracy; {model}, {'; '.join(said)}.")
+        out += expected_diversity(model, of, plain) + expected_saving(model, of, plain)
+    return out
+
+
+def expected_diversity(model: str, of: dict, plain: dict[float, Seen]) -> list[str]:
+    """Against each weight of CFG, the interval at the weight that is as often right, as nearly as there is one."""
+    mine, said = {cfg: s for (key, cfg), s in of.items() if key == "interval"}, []
+    for cfg in sorted(c for c in plain if c > 1 and mine):
+        like = min(mine, key=lambda c: (abs(mine[c].accuracy - plain[cfg].accuracy), abs(c - cfg)))
+        effect, right = seen.more_diverse(mine[like], plain[cfg]), seen.more_right(mine[like], plain[cfg])
+        if effect is not None:
+            said.append(f"at {like:g} against CFG at {cfg:g}: diversity {effect:+.3f}, accuracy {right:+.1f} points: "
+                        f"{seen.verdict(effect, 0, right)}")
+    return [f"Expected: the limited interval is more diverse at equal accuracy; {model}, {'; '.join(said)}."
+            ] * bool(said)
+
+
+def expected_saving(model: str, of: dict, plain: dict[float, Seen]) -> list[str]:
+    said = []
+    for cfg in sorted(c for c in plain if ("adaptive", c) in of):
+        effect, right = seen.saved(of["adaptive", cfg], plain[cfg]), seen.more_right(of["adaptive", cfg], plain[cfg])
+        said.append(f"cfg {cfg:g}: {effect:.1f} % saved, accuracy {right:+.1f} points: "
+                    f"{seen.verdict(effect, SAVES, right)}")
+    return [f"Expected: Adaptive Guidance saves at least {SAVES:g} % of the evaluations at equal accuracy; {model}, "
+            f"{'; '.join(said)}."] * bool(said)
+
+
+def notes(found: Found, options: Options, n: int, stores: Sequence[Store], missing: int) -> list[str]:
+    out = [
+        f"Prompts: half {CATEGORIES[0]}, half {CATEGORIES[1]} of RareShapes, the half '{SPLIT}' of the list, {n} "
+        f"pictures a row ({digest(n)}), the same prompts and seeds in every row. Right: shape and attribute, as the "
+        "judge reads them. Every method at its paper's defaults.",
+        *(f"{s.painter.name} ({s.painter.digest}): {s.settings.sampler}, {s.settings.scheduler}, {s.settings.steps} "
+          "steps." for s in stores),
+        "This table: every method at the cfg that brings it nearest to true renders by the Frechet distance on the "
+        "judge's features; all weights are in the next. 'True renders' are as many of the same prompts, the floor of "
+        f"the column; their saturation is {found.data:.3f}.",
+        "Intervals: 95 %, bootstrap clustered by prompt; of Frechet distances jackknife over groups of prompts. "
+        "Differences are to CFG at the same cfg on the same pictures. 'Nearer the data': by how much the mean "
+        "saturation lies nearer to that of true renders. Diversity: between pictures of one prompt, of the judge's "
+        "features.",
+        "Negatives (as uncond, extra, Perp-Neg) say another attribute of the same shape; AAPB, R2F and the blend have "
+        "the superclass anchor: on these prompts nothing drifts, so they show their price here, not their use.",
+        "Dynamic CFG chooses the weight itself (its row is at 7.5), by the scorer that knows no judge: scored by the "
+        "judge that measures it, it would prove nothing.",
+        f"CFG++ is a sampler, here {' or '.join(SOLVERS.values())} as in the other rows; its lambda is the cfg times "
+        f"{LAMBDA:g}, so that the paper's 0.6 stands at 7.5.",
+        "Adaptive Guidance is painted picture by picture, because a batch is cheaper only when all of it has switched; "
+        "so its seconds cannot be compared with those of other rows (batches of 32), its evaluations can. In the exact "
+        "worlds it runs in one large batch, so its evaluations there are an upper bound.",
+        f"Equal accuracy: the interval of the difference ends no lower than {-MARGIN:g} points. Confirmed or refuted "
+        "where intervals decide, else undecided.",
+        *fronts(found), *([] if options.quick else expectations(found)),
+    ]
+    if missing:
+        out.append(f"{missing} rows of pictures or worlds are not there yet: run the command again.")
+    return out
+
+
+# ---------------------------------------------------------------- the table
+
+def main(options: Options) -> Table:
+    from . import guidanceplots, guidanceworlds, judge, truth
+
+    reader = judge.load()
+    tag = truth.tag(cells.digest_of_judge())
+    n = options.n or (8 if options.quick else 256)
+    if n < 4:
+        raise SystemExit("bench guidance: --n must be at least 4, or no distance of distributions can be measured.")
+    with cells.workplace(options) as work:
+        stores = [cells.open_store(work, file, options) for file in files(options.models)]
+        todo = [(store, key, cfg, cells_of(key, cfg, n, store.painter.parametrisation))
+                for key, cfg in plan(options.quick) for store in stores]
+        cells.paint_all([(store, job) for store, _, _, pair in todo for cell in pair for job in jobs_of(store, cell)],
+                        options.shard)
+        parts, absent = guidanceworlds.parts(options, work)
+        prompts = [p for cell in cells_of(PLAIN, 1.0, n) for p in cell.prompts]
+        true = truth.Truth.of(prompts, reader, 4 if options.quick else truth.EACH)
+        ready = [item for item in todo if not any(item[0].missing(cells.jobs(cell)) for cell in item[3])]
+        found = Found({(s.painter.name, key, cfg): true.see_cells(s, pair, reader, tag) for s, key, cfg, pair in ready},
+                      true.saturation, true.floors(stores[0].painter, reader))
+        sheets = {s.painter.name: sheet(s, [pair[0] for o, _, _, pair in ready if o is s]) for s in stores}
+    rows = rows_of(found)
+    missing = len(todo) - len(ready) + absent
+    out = Table("guidance", "Guidance methods: accuracy, saturation, diversity and cost", COLUMNS, nearest(rows),
+                notes(found, options, n, stores, missing))
+    out.parts = [Table("guidance-cells", "Every weight", COLUMNS, rows), *parts]
+    out.plots = guidanceplots.all_plots(found, sheets)
+    return out
+
+
+def sheet(store: Store, ready: Sequence[Cell], columns: int = 12) -> dict[str, Any]:
+    """The first pictures of every method at the highest weight: the same prompts and seeds in every row."""
+    highest = max((cell.cfg for cell in ready), default=0)
+    shown = sorted((c for c in ready if c.cfg == highest), key=lambda c: list(ROWS).index(c.method))
+    out: dict[str, Any] = {f"{ROWS[c.method].name}, cfg {highest:g}": store.read(c)[0][:columns] for c in shown}
+    return out | {"prompts": [p.text for p in shown[0].prompts[:columns]]} if shown else {}

@@ -1,0 +1,189 @@
+"""The exact worlds in the table `guidance`: the same rows, against a truth that is a formula.
+
+What stands for what: *right concept* for accuracy, *inside a right mode* for not being burnt, *W2* for the Frechet
+distance, *modes off by* for diversity (spread is large where samples stray). See bench/exact.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import comfy.sample
+import comfy.samplers
+import numpy as np
+import torch
+from torch import Tensor
+
+from rudder.guidance.contract import Prompt
+from rudder.guidance.space import Parametrisation
+from rudder.host import add_guidance
+
+from . import ROOT, Options, Table, cells, seen
+from .exact.distances import Ruler
+from .exact.model import conditioning, model_of
+from .exact.table import FLOOR, KINDS, MEASURES, Plan
+from .exact.worlds import WORLDS, World
+from .generate import counting
+from .guidance import CFGS, PLAIN, QUICK_CFGS, ROWS, SATURATION, Given, Row
+from .stats import Interval, mean_interval
+
+NEGATIVE = {"rare": "plain frog", "overlap": "b", "image": "plain disc"}  # what 'harmful' is here
+SAMPLER = "euler"
+QUICK = Plan(batches=3, size=64, steps=12, truths=5_000)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row: every measure of each batch, evaluations of a step, seconds of a sample."""
+
+    measures: dict[str, list[float]]
+    evaluations: float = float("nan")
+    seconds: float = float("nan")
+
+    def interval(self, key: str) -> Interval | None:
+        values = self.measures[key]
+        return None if np.isnan(values).all() else mean_interval(values, range(len(values)), seen.generator())
+
+    def above(self, other: Measured, key: str) -> Interval | None:
+        """How far above another's; batches start from the same noise."""
+        gap = np.subtract(self.measures[key], other.measures[key])
+        return None if np.isnan(gap).all() else mean_interval(gap, range(len(gap)), seen.generator())
+
+
+def sample(
+    base: Any, world: World, row: Row, kind: Parametrisation, cfg: float, plan: Plan
+) -> tuple[Tensor, float, float]:
+    """Samples ``[count, C, H, W]`` of the world's target, evaluations of a step, and seconds of a sample."""
+    text = NEGATIVE[world.name] if row.anchor == "harmful" else world.anchor
+    given = Given(Prompt(conditioning(world, text), "anchor"), kind, cfg, SAMPLER, base)
+    model, rows = counting(base)
+    for method in row.make(given):
+        model = add_guidance(model, method)
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(conditioning(world, world.target), conditioning(world, ""))
+    guider.set_cfg(cfg)
+    sampler = row.sampler(given) if row.sampler else comfy.samplers.sampler_object(SAMPLER)
+    sigmas = comfy.samplers.calculate_sigmas(base.get_model_object("model_sampling"), "normal", plan.steps)
+    latent = torch.zeros(plan.count, *world.shape)
+    with torch.inference_mode():
+        noise, begun = comfy.sample.prepare_noise(latent, 1), time.perf_counter()
+        out = guider.sample(noise, latent, sampler, sigmas, disable_pbar=True, seed=1)
+    return out, sum(rows) / plan.count / plan.steps, (time.perf_counter() - begun) / plan.count
+
+
+def measure(ruler: Ruler, samples: Tensor, truth: Tensor, plan: Plan) -> dict[str, list[float]]:
+    batches = [ruler.measure(a, b) for a, b in zip(samples.split(plan.size), truth.split(plan.size))]
+    return {key: [batch[key] for batch in batches] for key in MEASURES}
+
+
+def place(work: Path, world: World, plan: Plan) -> Path:
+    """Where the rows of a world are kept, by everything that decides them but the method itself."""
+    files = sorted((ROOT / "bench" / "exact").glob("*.py")) + [ROOT / "bench" / "guidanceworlds.py"]
+    state = [asdict(plan) | {"weights": None, "shown": None}, NEGATIVE[world.name], cells.code_digest(),
+             [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]]
+    return work / f"exact-{world.name}-{hashlib.sha256(json.dumps(state).encode()).hexdigest()[:12]}"
+
+
+def remembered(file: Path, make: Callable[[], Measured]) -> Measured:
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        half = file.with_suffix(f".{os.getpid()}.part")
+        half.write_text(json.dumps(asdict(make())) + "\n", encoding="utf-8")
+        half.rename(file)
+    return Measured(**json.loads(file.read_text(encoding="utf-8")))
+
+
+Name = tuple[str, str, float]  # kind, key of the row, cfg
+
+
+def measured(world: World, plan: Plan, work: Path, shard: tuple[int, int], cfgs: Sequence[float]) -> tuple[dict, int]:
+    """Every row that is there, after doing this shard's share of what is not; and how many are missing."""
+    generator = torch.Generator().manual_seed(3)
+    ruler = Ruler.of(world, generator, plan.truths)
+    truth, second = (world.true_samples(plan.count, generator) for _ in range(2))
+    names = [(kind, key, cfg) for cfg in cfgs for key, row in ROWS.items() for kind in KINDS
+             if row.worlds and cfg in row.at(cfgs)]
+    models = {kind: model_of(world, kind) for kind in KINDS}
+    out: dict[Name, Measured] = {("", FLOOR, 0.0): Measured(measure(ruler, second, truth, plan))}
+
+    def run(kind: Parametrisation, key: str, cfg: float) -> Measured:
+        samples, *cost = sample(models[kind], world, ROWS[key], kind, cfg, plan)
+        return Measured(measure(ruler, samples, truth, plan), *cost)
+
+    for i, (kind, key, cfg) in enumerate(names):
+        code = cells.code_of(ROWS[key].parts(Given(Prompt((), "anchor"), kind, cfg, SAMPLER)))
+        file = place(work, world, plan) / f"{kind.value}_{key}_cfg{cfg:g}_{code}.json"
+        if file.is_file() or i % shard[1] == shard[0]:
+            out[kind.value, key, cfg] = remembered(file, partial(run, kind, key, cfg))
+    return out, len(names) + 1 - len(out)
+
+
+COLUMNS = {"model": ("model", ""), "method": ("method", ""), "cfg": ("cfg", "g"), **MEASURES,
+           "more right": ("right, above CFG", "+.2f"), "more inside": ("inside, above CFG", "+.2f"),
+           "evaluations": ("evaluations a step", ".2f"), "ms": ("ms a sample", ".2f")}  # fmt: skip
+
+
+def row_of(found: dict[Name, Measured], name: Name) -> dict[str, Any]:
+    (kind, key, cfg), mine, plain = name, found[name], found.get((name[0], PLAIN, name[2]))
+    row = {"model": kind, "method": ROWS[key].name if kind else key} | ({"cfg": cfg} if kind else {})
+    row |= {measure: mine.interval(measure) for measure in MEASURES}
+    if plain and plain is not mine:
+        row |= {"more right": mine.above(plain, "right"), "more inside": mine.above(plain, "inside")}
+    row |= {"evaluations": mine.evaluations, "ms": 1000 * mine.seconds}
+    return {k: v for k, v in row.items() if v is not None and v == v}
+
+
+def notes(found: dict[Name, Measured], world: World) -> list[str]:
+    """The fronts of the world, and what is expected of saturation: more samples inside, as many right."""
+    out = [f"Asked for: '{world.target}'; superclass: '{world.anchor}'; as a negative: '{NEGATIVE[world.name]}'."]
+    for kind in dict.fromkeys(k for k, _, _ in found if k):
+        of = {(ROWS[key].name, cfg): m for (k, key, cfg), m in found.items() if k == kind}
+        points = {name: (float(np.mean(m.measures["inside"])), -float(np.mean(m.measures["coverage"])))
+                  for name, m in of.items()}
+
+        def better(a, b, of=of) -> bool:
+            return of[a].above(of[b], "inside").low >= 0 >= of[a].above(of[b], "coverage").high
+
+        where = seen.told(seen.standings(points, better))
+        out.append(f"Samples inside a right mode against modes kept, {kind}: {where}")
+        for key in SATURATION:
+            said = []
+            for cfg in (c for c in seen.HIGH if (kind, key, c) in found and (kind, PLAIN, c) in found):
+                mine, plain = found[kind, key, cfg], found[kind, PLAIN, cfg]
+                effect, right = mine.above(plain, "inside") * 100, mine.above(plain, "right") * 100
+                said.append(f"cfg {cfg:g}: {effect:+.1f} points inside, {right:+.1f} right: "
+                            f"{seen.verdict(effect, 0, right)}")
+            if said:
+                out.append(f"Expected: {ROWS[key].name} is less burnt than CFG at high cfg and equal accuracy; {kind}, "
+                           f"{'; '.join(said)}.")
+    return out
+
+
+def parts(options: Options, work: Path) -> tuple[list[Table], int]:
+    """A table for each world, and how many rows are missing."""
+    from . import guidanceplots
+
+    plan = QUICK if options.quick else Plan()
+    if options.n:
+        plan = replace(plan, size=min(plan.size, options.n))
+    order, out, missing = {key: i for i, key in enumerate([FLOOR, *ROWS])}, [], 0
+    for make in WORLDS.values():
+        world = make()
+        found, absent = measured(world, plan, work, options.shard, QUICK_CFGS if options.quick else CFGS)
+        missing += absent
+        names = sorted(found, key=lambda name: (name[0], order[name[1]], name[2]))
+        about = [f"{plan.batches} batches of {plan.size} samples, euler, {plan.steps} steps; the columns are explained "
+                 "with the table exact.", *notes(found, world)]
+        table = Table(f"guidance-exact-{world.name}", f"World '{world.name}'", COLUMNS,
+                      [row_of(found, name) for name in names], about)
+        table.plots = guidanceplots.world_plots(found, world.name)
+        out.append(table)
+    return out, missing
