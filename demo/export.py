@@ -29,7 +29,8 @@ def preview_factors(vae, mean: list[float], std: list[float]) -> list[list[float
 
 def pack(kind: str, out: Path, file: Path) -> None:
     host()
-    train, vae = torch.load(out / f"{kind}.pt", weights_only=True), load_vae(out)
+    train = torch.load(out / f"{kind}.pt", map_location="cpu", weights_only=True)
+    vae = load_vae(out)
     saved = vae["saved"]
     weights = {k: train["ema"].get(k, v) for k, v in train["net"].items()}
     tensors = {f"{kind}.{k[4:]}": v for k, v in weights.items() if k.startswith("net.")}

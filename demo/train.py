@@ -147,7 +147,8 @@ def work(rank: int, processes: int, arg: argparse.Namespace) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(str(MODELS / "tokenizer"))
     config = configuration(arg.kind, load_vae(arg.out)["saved"], tokenizer)
     torch.manual_seed(arg.seed)
-    net = Networks(demo, config)
+    device = torch.device(arg.device)
+    net = Networks(demo, config).to(device)
     if arg.start:
         start_from(net, arg.kind, arg.start)
     if arg.text:
@@ -158,7 +159,7 @@ def work(rank: int, processes: int, arg: argparse.Namespace) -> None:
     ema = {names[id(p)]: p.detach().clone() for p in parameters}
     step, before, path = 0, 0.0, arg.out / f"{arg.kind}.pt"
     if path.exists():
-        saved = torch.load(path, weights_only=True)
+        saved = torch.load(path, map_location=device, weights_only=True)
         net.load_state_dict(saved["net"], strict=False)
         for o, state in zip(optimizer, saved["optimizers"]):
             o.load_state_dict(state)
@@ -177,8 +178,8 @@ def work(rank: int, processes: int, arg: argparse.Namespace) -> None:
             group["lr"] = rate(clock.item(), arg.lr)
         z, tokens, truth = pictures.batch(n, PROMPT_DROPOUT)
         u = (torch.randperm(n) + torch.rand(n)) / n  # stratified noise levels
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = net(z, tokens, u, truth)
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = net(*(t.to(device) for t in (z, tokens, u, truth)))
         loss.backward()
         seconds = before + time.time() - start
         clock.fill_(seconds / (60 * arg.minutes))
@@ -216,7 +217,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--lr", type=float, default=8e-4)
     parser.add_argument("--slip", type=float, default=world.SLIP, help="chance of each wrong word in a caption")
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--processes", type=int, default=2, help="on a GPU: 1")
     parser.add_argument("--port", type=int, default=29517, help="where the processes meet")
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--start", type=Path, help="a shipped model to go on from")

@@ -1,4 +1,4 @@
-"""What both training scripts share: the host's modules on a CPU, initial weights, learning rate, rendered data."""
+"""What the training scripts share: the host's modules, initial weights, learning rate, rendered data."""
 from __future__ import annotations
 
 import importlib.util
@@ -20,7 +20,8 @@ LOG = MODELS / "training-log.json"
 
 
 def host():
-    """host/demo.py with ComfyUI booted on the CPU. COMFYUI_PATH names the ComfyUI folder."""
+    """host/demo.py with ComfyUI booted on the CPU: whoever trains on a GPU moves the modules there. COMFYUI_PATH names
+    the ComfyUI folder."""
     folder = os.environ.get("COMFYUI_PATH", "")
     if not (Path(folder) / "comfy").is_dir():
         raise SystemExit("Set COMFYUI_PATH to a ComfyUI folder (the one that holds comfy/).")
