@@ -1,4 +1,4 @@
-"""AutoGuidance. Karras et al., NeurIPS 2024, arXiv 2406.02507, Eq. 4: guide a model with a bad version of itself.
+"""AutoGuidance. Karras et al., NeurIPS 2024, arXiv 2406.02507, Eq. 4 (recalled): guide by a bad version of the model.
 
     D = D_bad + w (D_good - D_bad)                           (both at the same conditioning)
 

@@ -114,3 +114,9 @@ def test_install_reports_and_never_fails(tmp_path, version, says):
     assert sorted(tmp_path.rglob("*")) == before
     if version:
         assert "insightface is not installed" in said.stdout
+
+
+def test_the_gallery_knows_every_workflow():
+    from rudder.demo import gallery
+
+    assert set(gallery.COLUMNS) == {file.stem for file in (ROOT / "workflows").glob("*.json")}
