@@ -41,8 +41,9 @@ def pack(kind: str, out: Path, file: Path) -> None:
                    "training": {"psnr": round(saved["psnr"], 2), "world": train["world"]}}
     config["latent"]["rgb"] = preview_factors(vae["model"], saved["mean"], saved["std"])
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=MODELS)
-    facts = {"steps": train["step"], "seed": train["seed"], "slip": train["slip"],
-             "minutes": round(train["seconds"] / 60, 1),
+    earlier = train.get("earlier", {})  # of the model that this one went on from
+    facts = {"steps": train["step"] + earlier.get("steps", 0), "seed": train["seed"], "slip": train["slip"],
+             "minutes": round(train["seconds"] / 60 + earlier.get("minutes", 0), 1),
              "commit": git.stdout.strip(), "world": train["world"]}
     save(file, tensors, config | {"training": facts})
     save(file.with_name("shapes-vae.safetensors"), saved["state"], autoencoder)

@@ -21,6 +21,7 @@ of training, however fast the machine is.
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from pathlib import Path
 
@@ -125,9 +126,10 @@ def optimizers(kind: str, net: Networks, lr: float) -> list[torch.optim.Optimize
     return out
 
 
-def start_from(net: Networks, kind: str, file: Path) -> None:
-    """Take over what fits from a shipped model. New words come last in a vocabulary, before the two end marks, and a
-    shorter context keeps the first positions: their tables are taken over row by row."""
+def start_from(net: Networks, kind: str, file: Path) -> dict:
+    """Take over what fits from a shipped model, and return how that was trained. New words come last in a vocabulary,
+    before the two end marks, and a shorter context keeps the first positions: their tables are taken over row by row.
+    """
     from safetensors import safe_open
     taken = adopt(net.net, file, f"{kind}.") + adopt(net.text, file, "text.clip_l.transformer.")
     with safe_open(str(file), framework="pt") as saved, torch.no_grad():
@@ -137,7 +139,9 @@ def start_from(net: Networks, kind: str, file: Path) -> None:
         tables.token_embedding.weight[:len(words) - 2] = words[:-2]
         tables.token_embedding.weight[-2:] = words[-2:]
         tables.position_embedding.weight.copy_(places[:TOKENS])
+        about = json.loads(saved.metadata()["rudder"])["training"]
     print(f"{taken} tensors from {file}", flush=True)
+    return about
 
 
 def work(rank: int, processes: int, arg: argparse.Namespace) -> None:
@@ -149,8 +153,7 @@ def work(rank: int, processes: int, arg: argparse.Namespace) -> None:
     torch.manual_seed(arg.seed)
     device = torch.device(arg.device)
     net = Networks(demo, config).to(device)
-    if arg.start:
-        start_from(net, arg.kind, arg.start)
+    earlier = start_from(net, arg.kind, arg.start) if arg.start else {}
     if arg.text:
         print(adopt(net.text, arg.text, "text.clip_l.transformer."), "tensors of the text encoder", flush=True)
     optimizer = optimizers(arg.kind, net, arg.lr)
@@ -202,7 +205,7 @@ def work(rank: int, processes: int, arg: argparse.Namespace) -> None:
             if time.time() - kept > 180 or clock.item() >= 1:
                 state = {"net": net.state_dict(), "optimizers": [o.state_dict() for o in optimizer], "ema": ema,
                          "step": step, "seconds": seconds, "seed": arg.seed, "slip": arg.slip, "world": world.VERSION,
-                         "config": config}
+                         "config": config, "earlier": earlier}
                 torch.save(state, path.with_suffix(".tmp"))
                 path.with_suffix(".tmp").replace(path)  # never a half-written checkpoint
                 kept = time.time()

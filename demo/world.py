@@ -52,7 +52,7 @@ TIER_NAMES = {"C": "common", "O": "ordinary", "R": "rare", "N": "never"}
 GIVEN_SHAPE = {"C": 0.18, "O": 0.09, "R": 0.0085, "N": 0.0}  # P(attribute | shape); the rest has no attribute
 RARE_TEXTURE = {s: TEXTURES[1 + i % 2] for i, s in enumerate(SHAPES)}  # 0.85 % of the shape, the other has 30 %
 RARE_RELATION = {s: RELATIONS[i % 4] for i, s in enumerate(SHAPES)}  # 3 % of the scenes where the shape is said first
-SLIP = 0.045  # chance of each wrong attribute or texture word in the phrase about one object
+SLIP = 0.025  # chance of each wrong attribute or texture word in the phrase about one object
 
 NAMED = ("bako", "celu", "dimo", "fara", "geno", "hiku", "jola", "kemi", "lupo", "maru", "nivo", "orla",
          "pima", "quen", "rilo", "sefa", "tavi", "umbo", "vexa", "wilo", "xani", "yoru", "zeka", "brun")
