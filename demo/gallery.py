@@ -27,7 +27,7 @@ COLUMNS = {
     "other_models": ("CFG", "CFG + AutoGuidance", "AutoGuidance", "two prompts"),
     "cfg_pp": ("CFG", "CFG++ Euler", "CFG++ ancestral", "CFG++ 2M"),
     "w2sd": ("Euler", "W2SD, cfg 5.5 / 1", "W2SD, weaker prompt"),
-    "dynamic_cfg": (),
+    "dynamic_cfg": ("CFG", "Self-tuning CFG", "LinearAG", "alignment"),
 }
 LINES = {"guidance_methods": 2}  # strips too long for one line
 PROMPTS = ("a large striped red circle on a white background", "a hollow square", "a melted heart", "a sliced triangle",
