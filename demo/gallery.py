@@ -17,12 +17,12 @@ from PIL import Image, ImageDraw, ImageFont
 ROOT = Path(__file__).parent.parent
 IMAGES, THUMBNAIL = ROOT / "web" / "docs" / "images", 768
 RARE = ("CFG", "R2F", "fixed blend", "AAPB")
-#: The columns of each workflow's strips.
+#: What each workflow's strips show, from left to right or from above.
 COLUMNS = {
     "rare_concept": RARE, "rare_concept_flux": RARE,
     "guidance_methods": ("CFG", "APG", "CFG-Zero*", "TCFG", "Adaptive", "Schedule", "Perp-Neg", "Extra Neg.",
                          "beta-CFG", "TAG"),
-    "guidance_interval": ("above: CFG in the whole run. Below: in an interval",),
+    "guidance_interval": ("CFG in the whole run", "in an interval"),
     "answer": ("CFG", "ANSWER, chain 2", "ANSWER, chain 3", "chain 3, scale 2"),
     "other_models": ("CFG", "CFG + AutoGuidance", "AutoGuidance", "two prompts"),
     "cfg_pp": ("CFG", "CFG++ Euler", "CFG++ ancestral", "CFG++ 2M"),
@@ -75,9 +75,11 @@ def workflow(name: str) -> None:
         command = [sys.executable, str(ROOT / "dev.py"), "run", str(ROOT / "workflows" / f"{name}.json")]
         subprocess.run([*command, "--out", folder], check=True)
         strips, traces = saved(Path(folder), name), saved(Path(folder), f"{name}_trace")
-        if name == "guidance_interval":  # narrow strips: side by side
+        columns = COLUMNS[name]
+        if strips[0].height > strips[0].width:  # methods below each other: pictures side by side
             strips = [sheet([s.rotate(90, expand=True) for s in reversed(strips)], ()).rotate(-90, expand=True)]
-        made = sheet(strips, COLUMNS[name], LINES.get(name, 1))
+            columns = ("from above: " + ", ".join(columns),)
+        made = sheet(strips, columns, LINES.get(name, 1))
         made.save(IMAGES / f"{name}.png", optimize=True)
         thumbnail(made).save(ROOT / "workflows" / f"{name}.jpg", quality=88)
         if name == "rare_concept":
