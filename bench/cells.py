@@ -175,11 +175,8 @@ class Store:
                  "each": list(made.each)}
         text = PngImagePlugin.PngInfo()
         text.add_text("rudder", json.dumps(about))
-        file = self.file(job)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        half = file.with_suffix(f".{os.getpid()}.part")
-        Image.fromarray(np.concatenate(list(made.images), axis=1)).save(half, "png", pnginfo=text)
-        half.rename(file)  # never a half-written batch
+        with whole(self.file(job)) as half:
+            Image.fromarray(np.concatenate(list(made.images), axis=1)).save(half, "png", pnginfo=text)
         return time.perf_counter() - begun
 
     def read(self, cell: Cell) -> tuple[np.ndarray, list[dict]]:
@@ -200,10 +197,18 @@ class Store:
             found = asdict(score(images, cell.prompts, judge)) | {
                 "evaluations": statistics.fmean(batch["evaluations"] for batch in about),
                 "seconds": statistics.median(batch["seconds"] for batch in about)}
-            half = file.with_suffix(f".{os.getpid()}.part")
-            half.write_text(json.dumps(found) + "\n", encoding="utf-8")
-            half.rename(file)
+            with whole(file) as half:
+                half.write_text(json.dumps(found) + "\n", encoding="utf-8")
         return Scores(**json.loads(file.read_text(encoding="utf-8")))
+
+
+@contextmanager
+def whole(file: Path) -> Iterator[Path]:
+    """A path to write to, which becomes ``file`` at the end: nobody reads a half-written one."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    half = file.with_suffix(f".{os.getpid()}.part{file.suffix}")
+    yield half
+    half.rename(file)
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,6 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
-from safetensors.torch import load_file
 
 from rudder.guidance.aapb import AAPB
 from rudder.guidance.adaptive import AdaptiveGuidance
@@ -37,7 +35,6 @@ from rudder.guidance.interval import LimitedInterval
 from rudder.guidance.linear_ag import LinearAG
 from rudder.guidance.negative import ExtraNegative
 from rudder.guidance.perpneg import PerpNeg
-from rudder.guidance.r2f import R2F, stop_fraction
 from rudder.guidance.schedule import Schedule
 from rudder.guidance.scorers import Overshoot
 from rudder.guidance.space import Parametrisation
@@ -49,13 +46,13 @@ from rudder.host.demo import MODELS
 from rudder.host.samplers import cfg_pp, w2sd
 from rudder.inversion.cfg_pp import CFGPP
 from rudder.inversion.w2sd import W2SD
+from rudder.nodes.guidance_feedback import opened
 
-from . import Options, Table, cells, seen
+from . import Options, Table, cells, rare, seen
 from .cells import Cell, Store
 from .exact.table import window
 from .generate import SETTINGS, files
 from .negative import AsUncond
-from .rare import FAMILY
 from .seen import HIGH, MARGIN, Seen
 
 CATEGORIES = ("frequent", "ordinary")  # the mixture, half and half
@@ -117,16 +114,10 @@ def limited(given: Given) -> tuple[Guidance, ...]:
     return (LimitedInterval(sigma_low=low, sigma_high=high),)
 
 
-def r2f(given: Given) -> tuple[Guidance, ...]:
-    return (R2F(frequent=given.anchor, stop=stop_fraction(3, family=FAMILY.get(given.kind, "SD3"))),)
-
-
 @lru_cache(maxsize=1)
 def time_predictor() -> TimePredictor:
-    """The shipped one, of the latents that both demo models share. It is differentiated, so no inference mode."""
-    with torch.inference_mode(False):
-        weights = load_file(MODELS / "shapes-time.safetensors")
-        return TimePredictor({name: weight.float() for name, weight in weights.items()})
+    """The shipped one, of the latents that both demo models share."""
+    return opened(MODELS / "shapes-time.safetensors")
 
 
 #: Every row by its key, the most important first. A new method is one more line.
@@ -152,7 +143,7 @@ ROWS: dict[str, Row] = {
     "extra-negative": Row("extra negative", lambda g: (ExtraNegative(negative=g.anchor),), "harmful"),
     "perp-neg": Row("Perp-Neg", lambda g: (PerpNeg(negatives=(g.anchor,)),), "harmful"),
     "aapb": Row("AAPB", lambda g: (AAPB(anchor=g.anchor),), "superclass"),
-    "r2f": Row("R2F", r2f, "superclass"),
+    "r2f": Row("R2F", lambda g: rare.ROWS["r2f-3"].methods(g.anchor, "frequent", g.kind), "superclass"),
     "blend": Row("fixed blend", lambda g: (FixedBlend(anchor=g.anchor),), "superclass"),
 }  # fmt: skip
 #: Methods of the pack without a row, and why.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -94,10 +93,8 @@ def place(work: Path, world: World, plan: Plan) -> Path:
 
 def remembered(file: Path, make: Callable[[], Measured]) -> Measured:
     if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        half = file.with_suffix(f".{os.getpid()}.part")
-        half.write_text(json.dumps(asdict(make())) + "\n", encoding="utf-8")
-        half.rename(file)
+        with cells.whole(file) as half:
+            half.write_text(json.dumps(asdict(make())) + "\n", encoding="utf-8")
     return Measured(**json.loads(file.read_text(encoding="utf-8")))
 
 

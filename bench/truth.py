@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -110,7 +108,8 @@ class Truth:
             each=np.array([count for batch in batches for count in batch["each"]], dtype=float),
         )  # fmt: skip
         names = ("right", "saturation", "features", "frechet", "evaluations", "seconds", "each")
-        keep({name: getattr(found, name) for name in names}, file)
+        with cells.whole(file) as half:
+            np.savez(half, **{name: getattr(found, name) for name in names})
         return found
 
     def floors(self, painter: Painter, reader: Callable) -> dict[str, Seen]:
@@ -123,10 +122,3 @@ class Truth:
         coded = (torch.cat(parts).clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
         return {"true renders": self.see(images, self.prompts, reader),
                 "true renders through the autoencoder": self.see(coded, self.prompts, reader)}
-
-
-def keep(arrays: dict[str, np.ndarray | float], file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    half = file.with_suffix(f".{os.getpid()}.part.npz")
-    np.savez(half, **arrays)
-    half.rename(file)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .cfg import require_guidance
 from .contract import Guidance, GuidanceError, Predictions, Setup, Step
-from .space import TINY, cosine, expand, norm
+from .space import TINY, cosine, expand, norm, shrink
 
 
 def away(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
@@ -49,11 +49,6 @@ def found(x: Tensor, first: Tensor, levels: Sequence[float], predict: Callable[[
         move = (after - sigma) / sigma * (y - negative)
         y, total = y + move, total + move
     return x + levels[0] / (levels[0] - levels[-1]) * total
-
-
-def capped(push: Tensor, reference: Tensor, cap: float) -> Tensor:
-    """The factor, ``[B]``, that brings |push| down to ``cap`` |reference| in each sample; 1 where it is less."""
-    return (cap * norm(reference) / norm(push).clamp_min(TINY)).clamp_max(1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,5 +100,5 @@ class ANSWER(Guidance):
         plain = preds.cond - preds.uncond
         step.log(found_push=norm(push) / norm(plain).clamp_min(TINY), found_cosine=cosine(push, plain))
         if self.cap:
-            push = push * expand(capped(push, plain, self.cap), push)
+            push = push * expand(shrink(push, self.cap * norm(plain)), push)
         return preds.replace(uncond=preds.cond - push)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .cfg import require_guidance
 from .contract import Guidance, GuidanceError, Setup, Step
-from .space import TINY, along, cosine, expand, norm
+from .space import along, cosine, expand, shrink
 
 SDXL = 4 * 128 * 128  # numbers in the latent that the paper's threshold is for
 
@@ -27,11 +27,6 @@ SDXL = 4 * 128 * 128  # numbers in the latent that the paper's threshold is for
 def projected(push: Tensor, axis: Tensor, eta: float) -> Tensor:
     """``push`` with its part along ``axis`` multiplied by ``eta``, per sample; ``push`` itself at eta 1."""
     return push + (eta - 1) * along(push, axis)
-
-
-def shrink(push: Tensor, radius: float) -> Tensor:
-    """The factor, ``[B]``, that brings the norm of each sample of ``push`` down to ``radius``; 1 where it is less."""
-    return (radius / norm(push).clamp_min(TINY)).clamp_max(1.0)
 
 
 def radius(threshold: float, x: Tensor) -> float:

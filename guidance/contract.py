@@ -47,6 +47,12 @@ class GuidanceError(ValueError):
     """A method cannot act on this model, conditioning or sampler. The message says why and what to do instead."""
 
 
+def check_window(title: str, start: float, end: float) -> None:
+    """Refuse a window that is none. Both ends are percent of the model's timesteps, 0 (pure noise) .. 1 (clean)."""
+    if not 0.0 <= start <= end <= 1.0:
+        raise GuidanceError(f"{title}: start {start:g} and end {end:g} must satisfy 0 <= start <= end <= 1.")
+
+
 @dataclass(frozen=True, eq=False)
 class Prompt:
     """A conditioning as a branch of the step. Equal when it wraps the same object, so shared anchors cost once."""
@@ -218,10 +224,7 @@ class Guidance:
     needs_uncond: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.start <= self.end <= 1.0:
-            raise GuidanceError(
-                f"{self.title}: start {self.start:g} and end {self.end:g} must satisfy 0 <= start <= end <= 1."
-            )
+        check_window(self.title, self.start, self.end)
 
     def __deepcopy__(self, memo: dict) -> Guidance:
         return self  # frozen: a clone of a MODEL shares it, and shared conditionings keep their identity

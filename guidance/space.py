@@ -37,6 +37,11 @@ def expand(value: float | Tensor, like: Tensor) -> Tensor:
     return value.reshape(-1, *[1] * (like.ndim - 1)) if value.ndim else value
 
 
+def signal(sigma: float | Tensor, kind: Parametrisation) -> float | Tensor:
+    """The share of x0 in x at ``sigma``: 1 for EPS and V, 1 - sigma for FLOW."""
+    return 1.0 - sigma if kind is Parametrisation.FLOW else 1.0
+
+
 def residual(x: Tensor, x0: Tensor) -> Tensor:
     """``x - x0``, the part of x that the model calls noise (scaled by sigma)."""
     return x - x0
@@ -94,6 +99,12 @@ def norm(a: Tensor) -> Tensor:
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     """Per-sample cosine of ``[B, ...]`` tensors: ``[B]``; 0 where either is zero."""
     return dot(a, b) / (norm(a) * norm(b)).clamp_min(TINY)
+
+
+def shrink(vector: Tensor, radius: float | Tensor) -> Tensor:
+    """The factor, ``[B]``, that brings the norm of each sample of ``vector`` down to ``radius``, a number or ``[B]``; 1
+    where it is less."""
+    return (radius / norm(vector).clamp_min(TINY)).clamp_max(1.0)
 
 
 def along(vector: Tensor, axis: Tensor) -> Tensor:

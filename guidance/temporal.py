@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from .contract import Branch, Guidance, GuidanceError, Step
-from .space import TINY, expand, norm
+from .space import TINY, expand, norm, shrink
 from .temporal_net import TimePredictor, alignment, place
 
 
@@ -60,8 +60,7 @@ class TemporalTAG(Guidance):
         x = step.x / expand(length, step.x)
         gradient, seen = alignment(state["predictor"], x, places)
         shift = gradient * expand(self.strength * torch.sin(places * math.pi / 2) ** 2, x)
-        longest = self.limit * norm(x)
-        shift = shift * expand((longest / norm(shift).clamp_min(TINY)).clamp_max(1), x)
+        shift = shift * expand(shrink(shift, self.limit * norm(x)), x)
         step.log(time_gap=seen - places, shift=norm(shift) / norm(x).clamp_min(TINY))
         state["shift"] = shift * expand(length, shift)
         step.x = step.x + state["shift"]

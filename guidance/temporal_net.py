@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .contract import GuidanceError
-from .space import Parametrisation
+from .space import Parametrisation, signal
 
 
 def place(sigma: Tensor, kind: Parametrisation) -> tuple[Tensor, Tensor]:
     """Where a noise level lies between signal (0) and noise (1), in shares of a quarter turn, and the length that x is
     divided by to keep unit variance: x / length = cos(q) x0 + sin(q) noise, q = place pi / 2."""
-    signal = 1 - sigma if kind is Parametrisation.FLOW else torch.ones_like(sigma)
-    return torch.atan2(sigma, signal) * (2 / math.pi), torch.hypot(sigma, signal)
+    share = torch.ones_like(sigma) * signal(sigma, kind)
+    return torch.atan2(sigma, share) * (2 / math.pi), torch.hypot(sigma, share)
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,8 +28,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..guidance.contract import GuidanceError
-from ..guidance.space import Parametrisation
-from .solver import Report, check_falling, signal
+from ..guidance.space import Parametrisation, signal
+from .solver import Report, check_falling
 
 Guided = Callable[[Tensor, float, float], tuple[Tensor, "Tensor | None"]]
 """(x, sigma, guidance weight) -> (guided x0, x0 of the negative or None where guidance is off)."""

@@ -2,7 +2,7 @@
 
 In the sampler's coordinates (see ``guidance/space.py``) every model is followed along dx / dsigma = (x - D) / sigma,
 whether x = x0 + sigma eps or x = (1 - sigma) x0 + sigma noise. So an Euler step, forward or in reverse, needs no
-parametrisation; only what speaks of the *noise* in x does, through the share of x0 in x.
+parametrisation; only what speaks of the *noise* in x does, through the share of x0 in x (``space.signal``).
 """
 
 from __future__ import annotations
@@ -13,18 +13,12 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from ..guidance.contract import GuidanceError
-from ..guidance.space import Parametrisation
 
 Denoiser = Callable[[Tensor, float], Tensor]
 """(x ``[B, C, (T,) H, W]``, sigma) -> x0, both in model space, float32."""
 
 Report = Callable[[int, Tensor, Tensor], None]
 """(index of the step, x before it, x0): for previews and progress bars."""
-
-
-def signal(sigma: float, kind: Parametrisation) -> float:
-    """The share of x0 in x at ``sigma``: 1 for EPS and V, 1 - sigma for FLOW."""
-    return 1.0 - sigma if kind is Parametrisation.FLOW else 1.0
 
 
 def euler(x: Tensor, x0: Tensor, sigma: float, to: float) -> Tensor:

@@ -20,7 +20,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..guidance.contract import GuidanceError
+from ..guidance.contract import GuidanceError, check_window
 from .solver import Denoiser, Report, check_falling, euler
 
 
@@ -41,10 +41,7 @@ class W2SD:
     title: ClassVar[str] = "Reflection Sampler (W2SD)"
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.start <= self.end <= 1.0:
-            raise GuidanceError(
-                f"{self.title}: start {self.start:g} and end {self.end:g} must satisfy 0 <= start <= end <= 1."
-            )
+        check_window(self.title, self.start, self.end)
 
     def reflects(self, sigmas: Sequence[float], within: Callable[[float], bool]) -> list[bool]:
         """Which steps are reflected; ``within`` tells whether a noise level lies in the window.

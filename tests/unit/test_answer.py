@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rudder.guidance.answer import ANSWER, away, capped, found
+from rudder.guidance.answer import ANSWER, away, found
 from rudder.guidance.cfg import cfg
 from rudder.guidance.contract import GuidanceError, Predictions, Step
-from rudder.guidance.space import Parametrisation, expand, noise_from_x0, norm, v_from_x0
+from rudder.guidance.space import Parametrisation, expand, noise_from_x0, norm, shrink, v_from_x0
 
 from .tensors import at, kinds, predictions, run_step, setup, shapes, weights
 
@@ -123,7 +123,7 @@ def test_a_batch_is_so_many_single_runs(tensors, chain, scale):
 @given(predictions(3), st.floats(0.1, 5.0))
 def test_the_cap_bounds_the_push_in_each_sample(tensors, cap):
     x, cond, uncond = tensors
-    assert (norm(cond * expand(capped(cond, uncond, cap), cond)) <= cap * norm(uncond) * (1 + 1e-9)).all()
+    assert (norm(cond * expand(shrink(cond, cap * norm(uncond)), cond)) <= cap * norm(uncond) * (1 + 1e-9)).all()
     now, _ = asking(at(x), cond=curved(1), uncond=curved(2))
     refined = ANSWER(chain=3, cap=cap).refine(now, Predictions(cond, uncond))
     assert (norm(cond - refined.uncond) <= cap * norm(cond - uncond) * (1 + 1e-9) + 1e-9).all()

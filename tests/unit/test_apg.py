@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rudder.guidance.apg import APG, SDXL, projected, radius, shrink
+from rudder.guidance.apg import APG, SDXL, projected, radius
 from rudder.guidance.cfg import cfg
 from rudder.guidance.contract import GuidanceError, Predictions
-from rudder.guidance.space import dot, norm
+from rudder.guidance.space import dot, norm, shrink
 
 from .tensors import at, predictions, run_step, setup, weights
 

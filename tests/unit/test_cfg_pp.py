@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from rudder.guidance.cfg import cfg
 from rudder.guidance.contract import GuidanceError
-from rudder.guidance.space import Parametrisation, noise_from_x0
+from rudder.guidance.space import Parametrisation, noise_from_x0, signal
 from rudder.inversion.cfg_pp import CFGPP, SOLVERS, at_lambda, fresh, weight
-from rudder.inversion.solver import euler, signal
+from rudder.inversion.solver import euler
 
 from .tensors import KINDS, kinds, predictions
 
