@@ -14,7 +14,9 @@ counts instead, because eps is easy there.
 flux: a Flux transformer, rectified flow, logit-normal times shifted to high noise. An auxiliary task, in the spirit of
 REPA (arXiv 2410.06940, recalled), shortens the time in which the transformer learns what words mean: its hidden image
 tokens must name the noun, attribute and texture at their place. The head that reads them is not shipped. --text starts
-from the text encoder of another model, as full-size models share theirs.
+from the text encoder of another model, as full-size models share theirs; --teacher also learns from what a trained UNet
+predicts for the same noisy latents (at first almost only, in the end not at all): the mean over the pictures that are
+possible, where the one picture is mostly chance.
 Prompts are dropped now and then, for classifier-free guidance. The schedule runs on the clock: it ends after --minutes
 of training, however fast the machine is.
 """
@@ -76,6 +78,7 @@ class Networks(torch.nn.Module):
         torch.nn.init.normal_(tables.token_embedding.weight, std=0.5)
         torch.nn.init.normal_(tables.position_embedding.weight, std=0.02)
         self.forward = self.flow if "flux" in config else self.epsilon
+        self.taught = None  # the teacher's `velocity`
         if "flux" in config:
             self.head = torch.nn.Sequential(torch.nn.LayerNorm(FLUX["hidden_size"]),
                                             torch.nn.Linear(FLUX["hidden_size"], sum(KINDS)))
@@ -89,7 +92,7 @@ class Networks(torch.nn.Module):
             return x + self.mlp(self.layer_norm2(x))
         comfy.clip_model.CLIPLayer.forward = layer
 
-    def epsilon(self, z: torch.Tensor, tokens: torch.Tensor, u: torch.Tensor, _) -> torch.Tensor:
+    def epsilon(self, z: torch.Tensor, tokens: torch.Tensor, u: torch.Tensor, *_) -> torch.Tensor:
         """Loss with min-SNR weights, above HIGH with those of x0. z [B, 16, 16, 16] normalised latents, tokens [B, 24],
         u [B] uniform in 0..1."""
         t = (u * 1000).long().clamp(max=999)
@@ -101,13 +104,26 @@ class Networks(torch.nn.Module):
         weight = weight * (sigma.flatten() / HIGH).clamp(min=1) ** 2
         return (weight * (error**2).mean((1, 2, 3))).mean()
 
-    def flow(self, z: torch.Tensor, tokens: torch.Tensor, u: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    @torch.no_grad()
+    def velocity(self, x: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """What this UNet says of rectified flow's x_t = (1 - t) z + t noise: its noise - z. t [B, 1, 1, 1]."""
+        sigma = t / (1 - t)
+        scaled = x / (1 - t) / (1 + sigma**2).sqrt()
+        noise = self.net(scaled, self.sampling.timestep(sigma.flatten()), self.text(tokens)[0].float()).float()
+        return noise - (x / (1 - t) - sigma * noise)
+
+    def flow(self, z: torch.Tensor, tokens: torch.Tensor, u: torch.Tensor, truth: torch.Tensor, progress: float
+             ) -> torch.Tensor:
         """Rectified flow: x_t = (1 - t) z + t noise, target noise - z, t logit-normal from the uniform u; and what the
-        hidden image tokens say is where. truth [B, 3, 8, 8]."""
+        hidden image tokens say is where. truth [B, 3, 8, 8], progress of the training 0..1."""
         t = torch.sigmoid(torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4)) + SHIFT).view(-1, 1, 1, 1)
         noise = torch.randn_like(z)
         text = self.text(tokens)
-        error = self.net((1 - t) * z + t * noise, t.flatten(), text[0].float(), text[3].float()).float() - (noise - z)
+        x, target = (1 - t) * z + t * noise, noise - z
+        if self.taught:
+            known = t < 0.93  # the UNet's last sigma is 14.6
+            target = target.lerp(self.taught(x, t.clamp(max=0.93), tokens), known * (1 - progress**2))
+        error = self.net(x, t.flatten(), text[0].float(), text[3].float()).float() - target
         names = self.head(self.hidden).float().movedim(-1, 1).split(KINDS, 1)
         wrong = sum(torch.nn.functional.cross_entropy(said, true, ignore_index=-1)
                     for said, true in zip(names, truth.flatten(2).unbind(1)))
@@ -156,6 +172,10 @@ def work(rank: int, processes: int, arg: argparse.Namespace) -> None:
     earlier = start_from(net, arg.kind, arg.start) if arg.start else {}
     if arg.text:
         print(adopt(net.text, arg.text, "text.clip_l.transformer."), "tensors of the text encoder", flush=True)
+    if arg.teacher:
+        teacher = Networks(demo, configuration("unet", load_vae(arg.out)["saved"], tokenizer)).to(device)
+        start_from(teacher, "unet", arg.teacher)
+        net.taught = teacher.requires_grad_(False).eval().velocity
     optimizer = optimizers(arg.kind, net, arg.lr)
     parameters = [p for o in optimizer for g in o.param_groups for p in g["params"]]
     names = {id(p): k for k, p in net.named_parameters()}
@@ -167,6 +187,7 @@ def work(rank: int, processes: int, arg: argparse.Namespace) -> None:
         for o, state in zip(optimizer, saved["optimizers"]):
             o.load_state_dict(state)
         ema, step, before = {k: v.detach() for k, v in saved["ema"].items()}, saved["step"], saved["seconds"]
+        earlier = saved["earlier"]
     torch.manual_seed(arg.seed * 7919 + step * processes + rank)  # the same weights, different pictures and noise
     rng = np.random.default_rng([arg.seed, step, rank])
     pictures = Pictures(arg.out, tokenizer, TOKENS, rng, arg.slip)
@@ -182,7 +203,7 @@ def work(rank: int, processes: int, arg: argparse.Namespace) -> None:
         z, tokens, truth = pictures.batch(n, PROMPT_DROPOUT)
         u = (torch.randperm(n) + torch.rand(n)) / n  # stratified noise levels
         with torch.autocast(device.type, torch.bfloat16):
-            loss = net(*(t.to(device) for t in (z, tokens, u, truth)))
+            loss = net(*(t.to(device) for t in (z, tokens, u, truth)), min(clock.item(), 1))
         loss.backward()
         seconds = before + time.time() - start
         clock.fill_(seconds / (60 * arg.minutes))
@@ -226,6 +247,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--start", type=Path, help="a shipped model to go on from")
     parser.add_argument("--text", type=Path, help="a shipped model whose text encoder to start from")
+    parser.add_argument("--teacher", type=Path, help="flux: a shipped UNet to learn from as well")
     parser.add_argument("--out", type=Path, required=True)
     arg = parser.parse_args()
     in_parallel(work, arg.processes, arg, port=arg.port)

@@ -6,6 +6,7 @@ one executor (``host/run.py``) runs the whole plan at every step, in this order:
 1. ``scale``      the guidance weight, before anything is evaluated (a weight of 1 drops the negative branch)
 2. ``sources``    which conditioning plays the role "cond" or "uncond" at this step (prompt scheduling)
 3. ``branches``   further conditionings to evaluate; all of them ride in one batched call of the host
+   ``edits``      what attention does inside that call (``attention/contract.py``)
 4. ``refine``     change the branch predictions
 5. ``direction``  change delta = cond - uncond; the estimate is then cond + (weight - 1) * direction(delta).
                   Without such a method it is uncond + weight * (cond - uncond), the host's own formula.
@@ -40,6 +41,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..attention.contract import AttentionEdit
+from ..attention.sites import Site
 from .space import Parametrisation
 
 
@@ -81,7 +84,8 @@ class Mix:
 
 @dataclass(frozen=True)
 class Variant:
-    """A branch seen in another way: by another MODEL, or without the image that it shows the model.
+    """A branch seen in another way: by another MODEL, without the image that it shows the model, or with edits of the
+    attention inside the model.
 
     ``of`` is "cond" (whichever prompt plays it at the step), "uncond" (the guider's own) or another branch.
     """
@@ -89,11 +93,13 @@ class Variant:
     of: str | Branch
     model: Any = None
     image: bool = True
+    edits: tuple[AttentionEdit, ...] = ()
 
     @property
     def name(self) -> str:
         role = {"cond": "positive", "uncond": "negative"}.get(self.of) if isinstance(self.of, str) else self.of.name
-        return f"{role}{'' if self.image else ' without image'}{'' if self.model is None else ' by another model'}"
+        ways = ["" if self.image else " without image", "" if self.model is None else " by another model"]
+        return role + "".join(ways + [f" with {edit.title}" for edit in self.edits])
 
 
 Branch = Prompt | Mix | Variant
@@ -193,7 +199,7 @@ class Setup:
     """What is known when sampling starts, before the model is evaluated.
 
     ``weights`` are the guidance weights of the steps after the ``scale`` stage. ``likeness`` tells what a prompt is
-    the same as: "positive", "negative", "empty" (all zeros) or None.
+    the same as: "positive", "negative", "empty" (all zeros) or None. ``sites`` are where the model attends.
     """
 
     cfg: float
@@ -201,6 +207,7 @@ class Setup:
     has_negative: bool
     parametrisation: Parametrisation
     likeness: Callable[[Prompt], str | None] = lambda prompt: None
+    sites: Sequence[Site] = ()
 
     @property
     def guided(self) -> bool:
@@ -244,6 +251,12 @@ class Guidance:
         return {}
 
     def branches(self, step: Step) -> Sequence[Branch]:
+        return ()
+
+    def edits(self, step: Step) -> Sequence[tuple[AttentionEdit, tuple[str | Branch, ...]]]:
+        """Attention edits of this step's own branches, each with those it acts on: "cond" (and its variants), "uncond"
+        or a branch; () is every branch. Also asked for every step before the run starts, with an empty ``step.x``.
+        """
         return ()
 
     def refine(self, step: Step, preds: Predictions) -> Predictions:

@@ -23,7 +23,9 @@ from ..guidance.contract import Branch, GuidanceError, Plan, Predictions, Prompt
 from ..guidance.space import Parametrisation, cosine, norm, residual
 from ..guidance.trace import Trace, plain
 from . import conds
+from .attention import Acting, Attention, check_edit
 from .second import SecondModel
+from .sites import sites_of
 
 log = logging.getLogger("rudder")
 
@@ -52,6 +54,7 @@ def sample(executor: Callable, noise: Tensor, latent_image: Tensor, sampler: Any
             (ext.WrappersMP.PREPARE_SAMPLING, run.reserve_memory),
             (ext.WrappersMP.SAMPLER_SAMPLE, run.isolate),
             (ext.WrappersMP.PREDICT_NOISE, run.predict_noise),
+            *([(ext.WrappersMP.APPLY_MODEL, run.attention.apply_model)] if run.has_edits else []),
         ):
             ext.add_wrapper_with_key(kind, KEY, wrapper, guider.model_options, is_model_options=True)
         out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
@@ -116,6 +119,17 @@ def as_played(branch: Branch, sources: Mapping[str, Branch]) -> Branch:
     return dataclasses.replace(branch, of=sources["cond"]) if played else branch
 
 
+def lineage(branch: Branch) -> tuple[Branch | str, ...]:
+    """``branch`` and what it is a variant of: edits of "cond" also act on its variants."""
+    if not isinstance(branch, Variant):
+        return (branch,)
+    return (branch, branch.of) if isinstance(branch.of, str) else (branch, *lineage(branch.of))
+
+
+def edits_of(plan: Plan, step: Step) -> Acting:
+    return [pair for method in plan for pair in method.edits(step)]
+
+
 def describe(function: Callable) -> str:
     return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', type(function).__name__)}"
 
@@ -137,6 +151,7 @@ class Run:
         self.recorders = [method.recorder for method in plan if isinstance(method, Trace)]
         self.records: list[dict[str, Any]] = []
         self.evaluations = self.calls = 0
+        self.attention = Attention()
         self.cfg = float(guider.cfg)
 
         branches = conds.convert_branches(asked_for(plan), {
@@ -157,13 +172,20 @@ class Run:
         """Let every method say whether it can act in this run, before anything is loaded or evaluated."""
         steps = [self.step(torch.empty(0), sigma.reshape(1), {}) for sigma in self.sigmas[:-1]]
         weights = [self.weight(step, self.active(step), self.cfg) for step in steps]
+        edits = [edit for step in steps for edit, _ in edits_of(self.active(step), step)]
+        edits += [edit for branch in self.keys if isinstance(branch, Variant) for edit in branch.edits]
+        self.has_edits = bool(edits)
+        network = guider.model_patcher.model.diffusion_model
         setup = Setup(
             cfg=self.cfg,
             weights=weights,
             has_negative=guider.conds.get("negative") is not None,
             parametrisation=self.parametrisation,
             likeness=likeness,
+            sites=sites_of(network) if edits else (),
         )
+        for edit in {id(edit): edit for edit in edits}.values():
+            check_edit(edit, setup.sites, network)
         for method in self.plan:
             if not any(step.within(method.start, method.end) for step in steps):
                 raise GuidanceError(
@@ -292,6 +314,11 @@ class Run:
         own = (guider.conds["positive"], guider.conds.get("negative"))
         roles = [guider.conds[self.keys[sources[r]]] if r in sources else entries for r, entries in zip(ROLES, own)]
         fill = [entries if sources.get(r) in self.partial else None for r, entries in zip(ROLES, own)]
+        self.attention.step = step
+        self.attention.acting = [
+            *edits_of(plan, step),
+            *((edit, (branch,)) for branch in extra if isinstance(branch, Variant) for edit in branch.edits),
+        ]
         step.evaluate = functools.partial(self.look_elsewhere, guider, options, dict(zip(ROLES, zip(roles, fill))))
         unguided = math.isclose(step.weight, 1.0)
         needs_uncond = options.get("disable_cfg1_optimization", False) or any(method.needs_uncond for method in plan)
@@ -304,7 +331,7 @@ class Run:
             )
         asked = {branch: as_played(branch, sources) for branch in extra}
         here = [branch for branch in extra if getattr(branch, "model", None) is None]
-        more = [guider.conds[self.keys[asked[branch]]] for branch in here]
+        more = {branch: guider.conds[self.keys[asked[branch]]] for branch in here}
         out, others = self.call_model(guider, options, step.x, step.sigma, roles, fill, more)
         others = dict(zip(here, others))
         for branch in extra:
@@ -324,7 +351,7 @@ class Run:
 
     def call_model(
         self, guider: samplers.CFGGuider, options: dict, x: Tensor, sigma: Tensor, roles: Sequence, fill: Sequence,
-        extra: Sequence[list[dict]] = (),
+        extra: Mapping[Branch, list[dict]] | None = None,
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Evaluate the conds of cond and uncond (None is left out) and ``extra`` in the host, and count.
 
@@ -332,8 +359,13 @@ class Run:
         A foreign batch function expects exactly cond and uncond, so it gets just those.
         """
         model = guider.inner_model
+        extra = extra or {}
         gaps = [i for i in range(len(ROLES)) if roles[i] and fill[i]]
-        more = [*extra, *(fill[i] for i in gaps)]
+        more = [*extra.values(), *(fill[i] for i in gaps)]
+        named = [(ROLES[i], entries) for part in (fill, roles) for i, entries in enumerate(part) if entries]
+        self.attention.who = {entry["uuid"]: (role,) for role, entries in named for entry in entries} | {
+            entry["uuid"]: lineage(branch) for branch, entries in extra.items() for entry in entries
+        }
         foreign = options.get("sampler_calc_cond_batch_function")
         if foreign is None:
             out = samplers.calc_cond_batch(model, [*roles, *more], x, sigma, options)

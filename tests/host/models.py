@@ -72,6 +72,21 @@ def tiny_flux(disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher
     return _patcher(Tiny({key: value for key, value in unet.items() if key in known | {"image_model"}}), tiny_flux)
 
 
+def tiny_sd3(disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """SD3 in small: rectified flow, joint attention with learned positions at the input, pooled vectors."""
+
+    class Tiny(comfy.supported_models.SD3):
+        pass
+
+    unet = {
+        "in_channels": 16, "patch_size": 2, "depth": 2, "input_size": None, "adm_in_channels": POOLED,
+        "context_embedder_config": {"target": "torch.nn.Linear",
+                                    "params": {"in_features": CONTEXT, "out_features": 128}},
+        "num_patches": 1024, "pos_embed_max_size": 32, "pos_embed_scaling_factor": None,
+    }
+    return _patcher(Tiny(unet), tiny_sd3)
+
+
 def tiny_wan(disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
     """Wan 2.1 in small: rectified flow on 5-D video latents of 16 channels."""
 
@@ -87,7 +102,7 @@ def tiny_wan(disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
 
 
 MODELS = {"unet": tiny_unet, "flux": tiny_flux}  # the two that most tests run on
-CHANNELS = {"unet": 4, "flux": 16}
+CHANNELS = {"unet": 4, "flux": 16, "sd3": 16}
 
 
 def conditioning(seed: int, tokens: int = 7, **options) -> list:

@@ -1,0 +1,76 @@
+"""PAG and SEG: a worse prediction from the model itself, by degrading its self-attention; guidance pushes away from it.
+
+    D = D_cfg + s (D_c - D_perturbed)
+
+PAG, perturbed attention guidance. Ahn et al., ECCV 2024, arXiv 2403.17377: the attention map becomes the identity, every
+image token keeps its own value v. SEG, smoothed energy guidance. Hong, NeurIPS 2024, arXiv 2408.00760: the queries are
+blurred over the token grid with a Gaussian, which blurs the attention logits; beyond sigma 9999 they become their mean.
+
+On transformers (derived; neither paper has them): only the rows of image tokens change, text rows stay; and the blur is
+of the queries before their rotary embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .contract import AttentionEdit, Call
+
+MEAN = 9999.0  # sigma beyond which the blur is the mean, as in SEG's code
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity(AttentionEdit):
+    """Each image token attends to itself alone."""
+
+    title = "perturbed attention"
+    kinds = frozenset({"self", "joint"})
+
+    def output(self, call: Call, attend: Callable[..., Tensor]) -> Tensor:
+        image = call.site.image
+        if call.v.shape[2] == len(range(*image.indices(call.v.shape[2]))):
+            return call.v
+        out = attend().clone()
+        out[:, :, image] = call.v[:, :, image]
+        return out
+
+
+def blur(tokens: Tensor, grid: tuple[int, int, int], sigma: float) -> Tensor:
+    """``tokens`` ``[R, heads, t * h * w, D]``, blurred over h and w. Edges reflect; the kernel spans 3 sigma, at most
+    what the grid can reflect. A constant stays what it is."""
+    if sigma > MEAN:
+        return tokens.mean(2, keepdim=True).expand_as(tokens)
+    frames, height, width = grid
+    planes = tokens.float().movedim(2, 3).reshape(-1, 1, height, width)
+    for size, dim in ((height, 2), (width, 3)):
+        reach = min(max(int(3 * sigma + 0.5), 1), size - 1)
+        weights = torch.arange(-reach, reach + 1, device=planes.device, dtype=planes.dtype)
+        weights = torch.exp(-0.5 * (weights / sigma) ** 2)
+        kernel = (weights / weights.sum()).view((1, 1, -1, 1) if dim == 2 else (1, 1, 1, -1))
+        pad = (0, 0, reach, reach) if dim == 2 else (reach, reach, 0, 0)
+        planes = torch.nn.functional.conv2d(torch.nn.functional.pad(planes, pad, mode="reflect"), kernel)
+    return planes.reshape(*tokens.shape[:2], -1, frames * height * width).movedim(2, 3).to(tokens.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blur(AttentionEdit):
+    """Blur the queries of image tokens with a Gaussian of ``sigma`` tokens; 0 changes nothing."""
+
+    sigma: float = 100.0
+
+    title = "smoothed attention"
+    kinds = frozenset({"self", "joint"})
+    needs_grid = True
+
+    def inputs(self, call: Call) -> Call:
+        if self.sigma == 0:
+            return call
+        image = call.site.image
+        q = call.q.clone()
+        blurred = blur(call.unrotated(q[:, :, image], image), call.site.grid, self.sigma)
+        q[:, :, image] = call.rotated(blurred, image)
+        return call.replace(q=q)

@@ -1,0 +1,268 @@
+"""Run attention edits inside the host's forward passes, for one sampling.
+
+Forward hooks on the modules that attend, registered for one call of the model and removed with it, tell which site is
+running and where its tokens are; the host's ``optimized_attention_override``, put into a copy of the call's options,
+sees q, k and v. Overrides of other packs stay: they are called with what the edits leave.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attention.contract import AttentionEdit, Call, Residual, overrides
+from ..attention.sites import Site
+from ..guidance.contract import GuidanceError, Step
+from .sites import Layout, Tap, family, taps_of
+
+OVERRIDE = "optimized_attention_override"
+Acting = Sequence[tuple[AttentionEdit, tuple[Any, ...]]]  # an edit and the roles it acts on; () is everyone
+
+
+def check_edit(edit: AttentionEdit, sites: Sequence[Site], model: torch.nn.Module) -> None:
+    """Refuse an edit that would meet no site of the model."""
+    if not sites:
+        raise GuidanceError(
+            f"{edit.title}: the attention of '{type(model).__name__}' is not known to Rudder. It works on SD1.5, SD2 "
+            "and SDXL UNets, Flux, Chroma and SD3. Remove the node for this model."
+        )
+    try:
+        found = any(edit.acts_at(site) for site in sites)
+    except ValueError as error:
+        raise GuidanceError(f"{edit.title}: {error}") from None
+    if not found:
+        names = dict.fromkeys(site.name for site in sites if site.kind in edit.kinds)
+        kinds = " and ".join(sorted(edit.kinds))
+        raise GuidanceError(
+            f"{edit.title}: no {kinds} attention of this model is called '{edit.blocks}'. It has: {', '.join(names)}."
+            if names else f"{edit.title}: this model has no {kinds} attention. Its kinds are: "
+            f"{', '.join(sorted({site.kind for site in sites}))}."
+        )
+
+
+@dataclasses.dataclass
+class Pass:
+    """One call of the model: the token layout, the sites that run next, and who is in the batch."""
+
+    layout: Layout
+    roles: list[tuple[Any, ...]]  # of each chunk
+    acting: Acting
+    step: Step
+    pending: list[Site] = dataclasses.field(default_factory=list)
+    met: Counter = dataclasses.field(default_factory=Counter)
+
+    def names(self, chunks: Sequence[int]) -> tuple[Any, ...]:
+        """Who the chunks are; None for what another pack added to the batch."""
+        return tuple(self.roles[chunk][0] if self.roles[chunk] else None for chunk in chunks)
+
+
+class Attention:
+    """The edits of one run. ``who``, ``acting`` and ``step`` are set by the run before each call of the model."""
+
+    def __init__(self) -> None:
+        self.taps: dict[int, list[Tap]] = {}
+        self.who: Mapping[Any, tuple[Any, ...]] = {}  # uuid of a cond -> its roles, the most telling first
+        self.acting: Acting = ()
+        self.step: Step | None = None
+
+    def apply_model(self, executor: Callable, x: Tensor, t: Tensor, *args, **kwargs) -> Tensor:
+        """APPLY_MODEL wrapper. The options are the fourth argument after x and t, or a keyword."""
+        if not self.acting:
+            return executor(x, t, *args, **kwargs)
+        options = args[3] if len(args) > 3 else kwargs.get("transformer_options", {})
+        roles = [self.who.get(uuid, ()) for uuid in options.get("uuids", ())]
+        acting = [(edit, on) for edit, on in self.acting if any(concerns(on, role) for role in roles)]
+        if not acting:
+            return executor(x, t, *args, **kwargs)
+        model = executor.class_obj.diffusion_model
+        if id(model) not in self.taps:
+            self.taps[id(model)] = taps_of(model)
+        now = Pass(family(model).start(model, x), roles, acting, self.step)
+        options = {**options, OVERRIDE: override(now, options.get(OVERRIDE))}
+        if len(args) > 3:
+            args = (*args[:3], options, *args[4:])
+        else:
+            kwargs["transformer_options"] = options
+        handles = [handle for tap in self.taps[id(model)] for handle in tapped(tap, now)]
+        try:
+            out = executor(x, t, *args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for edit, _ in acting:
+            if not now.met[id(edit)]:
+                raise GuidanceError(
+                    f"{edit.title}: the attention of '{edit.blocks or 'all blocks'}' did not run through the host, so "
+                    "it could not act. Another node on this MODEL replaces it (an attention replacement, a skipped "
+                    "layer); remove that node or choose other blocks."
+                )
+        return out
+
+
+def concerns(on: tuple[Any, ...], roles: tuple[Any, ...]) -> bool:
+    return not on or any(role in roles for role in on)
+
+
+def tapped(tap: Tap, now: Pass) -> list:
+    """Hooks on the tap's module, if an edit acts there or needs what it reads."""
+    def before(_, args: tuple, kwargs: dict) -> None:
+        if tap.read is not None:
+            tap.read(now.layout, args, kwargs)
+        now.pending = list(tap.sites)
+
+    def after(*_) -> None:
+        now.pending = []
+
+    wanted = any(edit.acts_at(site) for edit, _ in now.acting for site in tap.sites)
+    if wanted and tap.sites[0].kind == "residual":
+        return [tap.module.register_forward_hook(lambda _, args, h: residual(now, tap.sites[0], h))]
+    if not wanted and tap.read is None:
+        return []
+    hooks = [tap.module.register_forward_pre_hook(before, with_kwargs=True)]
+    return [*hooks, tap.module.register_forward_hook(after, always_call=True)] if wanted else hooks
+
+
+def override(now: Pass, previous: Callable | None) -> Callable:
+    """The host's attention override: the edits of the pending site, over whatever override was there before."""
+
+    def attend(func: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, *args, **kwargs) -> Tensor:
+        def kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+            more = (mask, *args[1:]) if args else args
+            named = kwargs if args or mask is None else {**kwargs, "mask": mask}
+            return (func if previous is None else functools.partial(previous, func))(q, k, v, heads, *more, **named)
+
+        mask = args[0] if args else kwargs.get("mask")
+        site = now.pending.pop(0) if now.pending else None
+        acting = [(edit, on) for edit, on in now.acting if site is not None and edit.acts_at(site)]
+        if not acting:
+            return kernel(q, k, v, mask)
+        heads_apart = kwargs.get("skip_reshape", False)
+        return edited(now, site, acting, Kernel(kernel, heads, heads_apart, kwargs.get("skip_output_reshape", False)),
+                      q, k, v, mask)
+
+    return attend
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """The host's attention function and the shapes that it takes and gives."""
+
+    call: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+    heads: int
+    heads_apart: bool  # q, k, v are [B, heads, tokens, D], not [B, tokens, heads * D]
+    output_apart: bool
+
+    def split(self, tokens: Tensor) -> Tensor:
+        return tokens if self.heads_apart else tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def join(self, tokens: Tensor) -> Tensor:
+        return tokens if self.heads_apart else tokens.transpose(1, 2).flatten(2)
+
+    def split_output(self, out: Tensor) -> Tensor:
+        return out if self.output_apart else out.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def join_output(self, out: Tensor) -> Tensor:
+        return out if self.output_apart else out.transpose(1, 2).flatten(2)
+
+
+def edited(
+    now: Pass, site: Site, acting: Acting, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+) -> Tensor:
+    """The attention of one site. Chunks on which the same edits act go through them together, the others through the
+    kernel."""
+    samples = len(q) // len(now.roles)
+    full = with_layout(site, now.layout, q, k, kernel)
+    parts: dict[int, Tensor] = {}
+    for edits, chunks in grouped(now, acting):
+        rows = [rows_of(t, chunks, samples, len(now.roles)) for t in (q, k, v)]
+        part_mask, rope = (rows_of(t, chunks, samples, len(now.roles)) if batched(t, q) else t
+                           for t in (mask, now.layout.rope))
+        if not edits:
+            out = kernel.call(*rows, part_mask)
+        else:
+            call = Call(*map(kernel.split, rows), full, now.names(chunks), samples, now.step, part_mask, rope)
+            out = kernel.join_output(through(edits, call, kernel))
+        parts.update(zip(chunks, out.split(samples)))
+    return parts[0] if len(parts) == 1 else torch.cat([parts[i] for i in range(len(parts))])
+
+
+def grouped(now: Pass, acting: Acting) -> list[tuple[list[AttentionEdit], list[int]]]:
+    """The chunks of the batch by the edits that act on them."""
+    groups: dict[tuple[int, ...], list[int]] = {}  # positions in acting -> chunks
+    for chunk, roles in enumerate(now.roles):
+        groups.setdefault(tuple(i for i, (_, on) in enumerate(acting) if concerns(on, roles)), []).append(chunk)
+    for i in {i for group in groups for i in group}:
+        now.met[id(acting[i][0])] += 1
+    return [([acting[i][0] for i in group], chunks) for group, chunks in groups.items()]
+
+
+def residual(now: Pass, site: Site, h: Tensor) -> Tensor:
+    """What a residual block adds, after the edits of its site."""
+    acting = [(edit, on) for edit, on in now.acting if edit.acts_at(site)]
+    samples, parts = len(h) // len(now.roles), {}
+    for edits, chunks in grouped(now, acting):
+        rows = rows_of(h, chunks, samples, len(now.roles))
+        for edit in edits:
+            rows = edit.residual(Residual(rows, site, now.names(chunks), samples, now.step))
+        parts.update(zip(chunks, rows.split(samples)))
+    return torch.cat([parts[i] for i in range(len(parts))])
+
+
+def through(edits: Sequence[AttentionEdit], call: Call, kernel: Kernel) -> Tensor:
+    """``[R, heads, tokens, D]`` after all stages of the contract."""
+    for edit in edits:
+        if edit.needs_grid and call.site.grid is None:
+            raise GuidanceError(
+                f"{edit.title}: the image tokens of '{call.site.name}' are not on a grid: another node merges or tiles "
+                "them (Token Merging, HyperTile). Remove that node, or choose blocks that it leaves alone."
+            )
+        call = edit.inputs(call)
+    maps = [edit for edit in edits if overrides(edit, "map")]
+
+    def attend(other: Call | None = None) -> Tensor:
+        now = call if other is None else other
+        if not maps:
+            return kernel.split_output(kernel.call(*map(kernel.join, (now.q, now.k, now.v)), now.mask))
+        probabilities = now.probabilities()
+        for edit in maps:
+            probabilities = edit.map(now, probabilities)
+        return (probabilities @ now.v.float()).to(now.v.dtype)
+
+    for edit in edits:
+        if overrides(edit, "output"):
+            attend = after(edit, call, attend)
+    return attend()
+
+
+def after(edit: AttentionEdit, call: Call, before: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda other=None: edit.output(call if other is None else other, before)
+
+
+def batched(tensor: Tensor | None, q: Tensor) -> bool:
+    return tensor is not None and len(tensor) == len(q) > 1
+
+
+def rows_of(tensor: Tensor, chunks: list[int], samples: int, count: int) -> Tensor:
+    """The rows of ``chunks``: a view where they lie side by side."""
+    if len(chunks) == count:
+        return tensor
+    if chunks == list(range(chunks[0], chunks[-1] + 1)):
+        return tensor[chunks[0] * samples : (chunks[-1] + 1) * samples]
+    return torch.cat([tensor[chunk * samples : (chunk + 1) * samples] for chunk in chunks])
+
+
+def with_layout(site: Site, layout: Layout, q: Tensor, k: Tensor, kernel: Kernel) -> Site:
+    """``site`` with the tokens of this pass."""
+    queries, keys = (t.shape[2 if kernel.heads_apart else 1] for t in (q, k))
+    size = layout.grid and layout.grid[0] * layout.grid[1] * layout.grid[2]
+    first = layout.text if site.kind == "joint" else 0
+    grid = layout.grid if size and first + size <= queries and (site.kind == "joint" or size == queries) else None
+    image = slice(first, first + size if grid else queries)
+    text = {"cross": slice(0, keys), "joint": slice(0, first)}.get(site.kind, slice(0))
+    return dataclasses.replace(site, grid=grid, image=image, text=text)
