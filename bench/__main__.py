@@ -11,6 +11,7 @@ TABLES = {
     "rare": ("rare", "RareShapes: how often rare combinations come out right, by method, model and anchor"),
     "guidance": ("guidance", "every guidance method over cfg 1 to 15: accuracy, saturation, distance, diversity, cost"),
     "exact": ("exact", "distance of every method to the true law, in worlds that are known in closed form"),
+    "edit": ("edit", "editing by attention: is the edit made, and does the rest stay"),
     "cost": ("cost", "time of a step of every method against one batched evaluation of the same conds"),
     "import": ("import_time", "how long ComfyUI waits for the pack at start-up"),
     "calibrate": ("calibrate", "how well the demo models draw what is common and rare, plain CFG alone"),

@@ -268,7 +268,7 @@ def paint_all(work: Sequence[tuple[Store, Job]], shard: tuple[int, int], say: Ca
         if store.missing([job]):  # another process may have been quicker
             seconds += store.paint(job)
             pictures += job.last - job.first
-        if job is mine[-1][1] or mine[done + 1][1].cell != job.cell:
+        if job is mine[-1][1] or mine[done + 1][1].cell.key != job.cell.key:
             left = (len(mine) - done - 1) * seconds / (done + 1)
             say(f"{store.painter.name} {job.cell.key}: {job.last} of {job.cell.n}; {pictures / max(seconds, 1e-9):.2f} "
                 f"pictures/s, about {left / 60:.0f} minutes left", flush=True)

@@ -1,0 +1,287 @@
+"""Editing by attention: is the edit made, and does the rest stay?
+
+Pictures come in families: a source prompt and its edits (`edits.py`) in one batch, from the same noise, so that a
+method may take from the source's row. Families whose source is not what its prompt says are left out: there is nothing
+to keep. Every method runs at its paper's defaults; the first row is the edited prompt at the same seed, without help.
+
+    python3 dev.py bench edit --threads 1                 # again to go on
+    python3 dev.py bench edit --threads 1 --shard 0/2     # and 1/2 beside it; then once without
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy import ndimage
+from torch import Tensor
+
+from rudder.demo import world
+
+from . import ROOT, Options, Table, cells, edits, measures
+from .cells import Job, Store
+from .edits import Edit, Source
+from .generate import Methods, files
+from .stats import Interval, difference, mean_interval
+
+CODE = ("host/attention.py", "host/sites/__init__.py", "host/sites/unet.py", "host/sites/flux.py")
+BACKGROUND = 0.1  # a pixel this far (of the range, in its worst channel) from the background's colour shows an object
+RIM = {"object": 2, "second": 2, "rim": 8}  # px around an object that its edit may touch: blur of the autoencoder, teeth
+PLAIN = "plain"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method of the table. ``methods``: what is wired on the MODEL for a family, from the host's CLIP and the texts
+    of source and edits; None for nothing."""
+
+    name: str
+    methods: Callable[[Any, Source], Methods] | None = None
+
+
+ROWS: dict[str, Row] = {PLAIN: Row("edited prompt, same seed")}
+
+
+# ---------------------------------------------------------------- pictures
+
+@dataclass(frozen=True)
+class Text:
+    """A row of a family, as cells.Store asks for it."""
+
+    text: str
+    anchors: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Family:
+    """The pictures of one source and its edits by one method, source first."""
+
+    number: int
+    method: str
+    cfg: float
+    code: str
+
+    @property
+    def source(self) -> Source:
+        every = edits.sources()
+        return every[self.number % len(every)]
+
+    @property
+    def texts(self) -> list[str]:
+        return [self.source.text, *(edit.text for edit in self.source.edits)]
+
+    @property
+    def key(self) -> str:
+        return f"edit-{edits.digest()}_cfg{self.cfg:g}_{self.method}_{self.code}"
+
+    anchor = ""
+
+    def prompt(self, i: int) -> Text:
+        return Text(self.texts[i - self.first])
+
+    def seed(self, i: int) -> int:
+        """The same for source and edits: they start from the same noise."""
+        return zlib.crc32(f"{self.source.text}, {self.number}".encode())
+
+    @property
+    def first(self) -> int:
+        """Families have at most ten pictures; the number names the file."""
+        return 10 * self.number
+
+    @property
+    def n(self) -> int:
+        return self.first + len(self.texts)
+
+    def job(self, methods: Methods | None = None) -> Job:
+        return Job(self, methods, self.first, self.n)
+
+
+@lru_cache(maxsize=1)
+def code() -> str:
+    return hashlib.sha256("\n".join((ROOT / file).read_text(encoding="utf-8") for file in CODE).encode()).hexdigest()[:8]
+
+
+def families(store: Store, key: str, n: int) -> list[tuple[Family, Methods | None]]:
+    """The first n families of a row, with what is wired for each."""
+    make = ROWS[key].methods
+    out = []
+    for number in range(n):
+        family = Family(number, key, store.settings.cfg, "")
+        methods = make(store.painter.clip, family.source) if make else None
+        out.append((family, methods))
+    mark = cells.code_of(out[0][1](None)) + code() if make else ""
+    return [(replace(family, code=mark), methods) for family, methods in out]
+
+
+def read(store: Store, family: Family) -> tuple[Tensor, dict]:
+    """Pictures ``[1 + edits, 3, 64, 64]`` in 0..1, and what the file says about them."""
+    with Image.open(store.file(family.job())) as strip:
+        pixels = np.stack(np.split(np.asarray(strip.convert("RGB")), len(family.texts), axis=1))
+        return torch.from_numpy(pixels).movedim(3, 1).float() / 255, json.loads(strip.text["rudder"])
+
+
+# ---------------------------------------------------------------- what stays
+
+def objects(picture: Tensor, truth: dict) -> list[np.ndarray]:
+    """Masks ``[64, 64]`` of the objects that a picture ``[3, 64, 64]`` shows on the background of its truth, in the
+    order in which the truth says them. Backgrounds of the world are of one colour; of two objects a connected part
+    belongs to the one whose colour it is nearer to."""
+    pixels = picture.movedim(0, 2).numpy()
+    behind = np.array(world.BACKGROUNDS[truth["background"]]) / 255
+    there = np.abs(pixels - behind).max(-1) > BACKGROUND
+    said = truth["objects"]
+    if len(said) == 1:
+        return [there]
+    colours = np.array([world.COLORS[o["color"]] for o in said]) / 255
+    parts, count = ndimage.label(there)
+    masks = [np.zeros_like(there) for _ in said]
+    for part in range(1, count + 1):
+        mean = np.median(pixels[parts == part], axis=0)
+        masks[int(((colours - mean) ** 2).sum(-1).argmin())] |= parts == part
+    return masks
+
+
+def kept(source: Tensor, truth: dict, edit: Edit) -> Tensor:
+    """1 where the edit must leave the source's picture as it is, ``[64, 64]``."""
+    masks = objects(source, truth)
+    if edit.free == "background":
+        return torch.from_numpy(ndimage.binary_erosion(masks[0], iterations=1).astype(np.float32))
+    free = ndimage.binary_dilation(masks[-1] if edit.free == "second" else masks[0], iterations=RIM[edit.free])
+    return torch.from_numpy((~free).astype(np.float32))
+
+
+def structure(a: list[Tensor], b: list[Tensor]) -> Tensor:
+    """Structure distance ``[B]`` of the coarsest feature maps ``[B, C, h, w]``: mean square difference of the cosine
+    similarities of all pairs of positions. After PIE-Bench, which takes DINO's keys; here they are the judge's."""
+    def similarities(maps: Tensor) -> Tensor:
+        tokens = torch.nn.functional.normalize(maps.flatten(2), dim=1)
+        return tokens.transpose(1, 2) @ tokens
+
+    return ((similarities(a[-1]) - similarities(b[-1])) ** 2).mean((1, 2))
+
+
+@dataclass(frozen=True)
+class Made:
+    """One edit of one family."""
+
+    edit: Edit
+    source: str
+    success: float  # all that the edited prompt says is seen
+    changed: float  # what the edit asks for is seen
+    psnr: float  # dB, outside what may change; nan where nothing is left
+    structure: float
+    seconds: float
+    evaluations: float
+    pictures: np.ndarray  # source and edit, uint8 [2, 64, 64, 3]
+
+
+def judged(store: Store, family: Family, judge: Any) -> Iterator[Made]:
+    """What became of the edits; nothing where the source itself is wrong."""
+    pictures, about = read(store, family)
+    source = family.source
+    truths = [source.truth, *(edit.truth for edit in source.edits)]
+    parts = judge(pictures).score(truths)
+    if not parts["all"][0]:
+        return
+    maps = judge.maps(pictures)
+    for i, edit in enumerate(source.edits, start=1):
+        where = kept(pictures[0], source.truth, edit)[None]
+        pair = pictures[:1], pictures[i:i + 1]
+        psnr = float(measures.psnr(*pair, where).clamp(max=60)) if where.sum() > 0 else float("nan")
+        yield Made(
+            edit, source.text, float(parts["all"][i]), float(all(parts[f][i] == 1 for f in edit.asked)), psnr,
+            float(structure([m[:1] for m in maps], [m[i:i + 1] for m in maps])), about["seconds"],
+            about["evaluations"], (torch.cat(pair).movedim(1, 3) * 255).round().to(torch.uint8).numpy(),
+        )
+
+
+# ---------------------------------------------------------------- the table
+
+def interval(made: Sequence[Made], what: str, factor: float = 1.0) -> Interval | None:
+    known = [(value, one.source) for one in made if (value := getattr(one, what)) == value]
+    return mean_interval(*zip(*known), np.random.default_rng(0)) * factor if known else None
+
+
+def above(made: Sequence[Made], plain: Sequence[Made], what: str, factor: float = 1.0) -> Interval | None:
+    """The difference to the plain row on the same families."""
+    others = {(one.source, one.edit.kind): getattr(one, what) for one in plain}
+    pairs = [(getattr(one, what), other, one.source) for one in made
+             if (other := others.get((one.source, one.edit.kind))) is not None]
+    pairs = [pair for pair in pairs if pair[0] == pair[0] and pair[1] == pair[1]]
+    return difference(*zip(*pairs), np.random.default_rng(0)) * factor if pairs else None
+
+
+COLUMNS = {"model": ("model", ""), "kind": ("edit", ""), "method": ("method", ""), "n": ("pictures", "d"),
+           "success": ("success, %", ".1f"), "gain": ("above plain", "+.1f"), "changed": ("asked is seen, %", ".1f"),
+           "psnr": ("PSNR of what must stay, dB", ".1f"), "kept": ("above plain", "+.1f"),
+           "structure": ("structure distance x 1000", ".1f"), "evaluations": ("evaluations a picture", ".0f"),
+           "seconds": ("s a picture", ".2f")}
+
+
+def row(model: str, kind: str, key: str, made: Sequence[Made], plain: Sequence[Made]) -> dict:
+    out = {"model": model, "kind": kind, "method": ROWS[key].name, "n": len(made)}
+    if not made:
+        return out
+    out |= {"success": interval(made, "success", 100), "changed": interval(made, "changed", 100),
+            "psnr": interval(made, "psnr"), "structure": interval(made, "structure", 1000),
+            "evaluations": made[0].evaluations, "seconds": float(np.median([one.seconds for one in made]))}
+    if key != PLAIN:
+        out |= {"gain": above(made, plain, "success", 100), "kept": above(made, plain, "psnr")}
+    return {name: value for name, value in out.items() if value is not None}
+
+
+def main(options: Options) -> Table:
+    from . import judge
+
+    reader = judge.load()
+    n = options.n or (2 if options.quick else 128)
+    rows, sheets, left_out, missing = [], {}, {}, 0
+    with cells.workplace(options) as work:
+        stores = [cells.open_store(work, file, options) for file in files(options.models)]
+        todo = {(store, key): families(store, key, n) for store in stores for key in ROWS}
+        cells.paint_all([(store, family.job(methods)) for (store, _), some in todo.items() for family, methods in some],
+                        options.shard)
+        for store in stores:
+            found: dict[str, list[Made]] = {}
+            for key in ROWS:
+                some = [family for family, _ in todo[store, key]]
+                if any(store.missing([family.job()]) for family in some):
+                    missing += 1
+                    continue
+                found[key] = [one for family in some for one in judged(store, family, reader)]
+            name = store.painter.name
+            left_out[name] = n - len({one.source for one in found.get(PLAIN, ())})
+            for kind in ("all", *edits.KINDS):
+                for key, made in found.items():
+                    of = [one for one in made if kind in ("all", one.edit.kind)]
+                    plain = [one for one in found.get(PLAIN, ()) if kind in ("all", one.edit.kind)]
+                    rows.append(row(name, kind, key, of, plain))
+            sheets |= {f"{name}-{which}": (found, which) for which in ("median", "worst")}
+    return table(rows, sheets, options, n, left_out, missing)
+
+
+def table(rows: list[dict], sheets: dict, options: Options, n: int, left_out: dict[str, int], missing: int) -> Table:
+    notes = [
+        f"{n} sources of the list {edits.digest()} and their edits, the same seeds for every method. Success: all that "
+        "the edited prompt says, as the judge reads it, in %. PSNR: outside the object (recolour, retexture; reshape "
+        f"with a rim of {RIM['rim']} px), inside it (restyle, add), outside the second (delete), against the source's "
+        "picture, at most 60 dB. Intervals: 95 % bootstrap, clustered by source; differences are of the same pictures.",
+        "A low structure distance may mean that nothing was done: read it with success.",
+        "; ".join(f"{model}: {count} of {n} families left out because the source's picture is not what it says"
+                  for model, count in left_out.items()) + ".",
+    ]
+    if missing:
+        notes.append(f"{missing} rows are not painted yet: run the command again.")
+    out = Table("edit", "Editing by attention", COLUMNS, rows, notes)
+    from .editplots import all_plots
+
+    out.plots = all_plots(sheets, rows)
+    return out

@@ -1,0 +1,74 @@
+"""The pictures of the table `edit`: what each method trades, and its median and worst edits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+
+from . import edits
+from .rareplots import whisker
+
+if TYPE_CHECKING:
+    from .edit import Made
+
+
+def trade(rows: list[dict]) -> Figure | None:
+    """Success against what stays, over all kinds; a panel a model. Up and right is better."""
+    whole = [row for row in rows if row["kind"] == "all" and "psnr" in row]
+    models = list(dict.fromkeys(row["model"] for row in whole))
+    if not models:
+        return None
+    figure = Figure(figsize=(5.5 * len(models), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(models), squeeze=False, sharex=True, sharey=True)[0]
+    names = list(dict.fromkeys(row["method"] for row in whole))
+    for axis, model in zip(axes, models):
+        axis.set(title=model, xlabel="PSNR of what must stay, dB")
+        axis.grid(alpha=0.3)
+        for row in whole:
+            if row["model"] == model:
+                x, y = row["psnr"], row["success"]
+                axis.errorbar(x.value, y.value, whisker(y), whisker(x), "o", capsize=2, label=row["method"],
+                              color=colormaps["tab10"](names.index(row["method"]) % 10))
+        axis.legend(fontsize=8)
+    axes[0].set_ylabel("success, %")
+    return figure
+
+
+def case(made: list[Made], which: str) -> Made | None:
+    """The edit with the median or the lowest PSNR."""
+    order = sorted((one for one in made if one.psnr == one.psnr), key=lambda one: one.psnr)
+    return order[len(order) // 2 if which == "median" else 0] if order else None
+
+
+def cases(found: dict[str, list[Made]], which: str) -> Figure | None:
+    """Rows are methods, columns kinds; each cell is a source and its edit."""
+    from .edit import ROWS
+
+    cells = {key: [case([one for one in made if one.edit.kind == kind], which) for kind in edits.KINDS]
+             for key, made in found.items()}
+    cells = {key: row for key, row in cells.items() if any(row)}
+    if not cells:
+        return None
+    figure = Figure(figsize=(2.6 * len(edits.KINDS), 1.9 * len(cells) + 0.4), layout="constrained")
+    axes = figure.subplots(len(cells), len(edits.KINDS), squeeze=False)
+    for (key, row), line in zip(cells.items(), axes):
+        for kind, one, axis in zip(edits.KINDS, row, line):
+            axis.set(xticks=[], yticks=[])
+            if one is None:
+                axis.axis("off")
+                continue
+            axis.imshow(np.concatenate(list(one.pictures), axis=1), interpolation="nearest")
+            axis.set_title(f"{kind}: {one.edit.text}", fontsize=6, wrap=True)
+            axis.set_xlabel(f"{one.psnr:.1f} dB, {'right' if one.success else 'WRONG'}", fontsize=7)
+        line[0].set_ylabel(ROWS[key].name, fontsize=8)
+    return figure
+
+
+def all_plots(sheets: dict[str, tuple[dict[str, list[Made]], str]], rows: list[dict]) -> dict[str, Callable]:
+    figures = {"trade": trade(rows)} | {name: cases(*what) for name, what in sheets.items()}
+    return {name: partial(figure.savefig, dpi=110) for name, figure in figures.items() if figure}
