@@ -7,6 +7,7 @@ executor (``host/attention.py``) runs them where their sites are met, for one ru
 1. ``inputs``    change q, k, v, or the mask (k and v may get more tokens)
 2. ``map``       change the attention probabilities, which are made only for edits that implement this
 3. ``output``    change or replace the result
+4. ``across``    change the results of several branches by one another
 and, at the residual blocks of a UNet, ``residual``: change what a block adds to its input.
 
 Inside a stage edits run in the order of their methods. An edit sees just the rows of the branches it acts on; every
@@ -37,6 +38,9 @@ class Call:
         step: the step of the run (``guidance.contract.Step``).
         mask: the host's attention mask, None nearly always.
         rope: the rotary embedding, ``[1 or R, 1, tokens, D / 2, 2, 2]``, or None.
+        latent: ((t,) h, w) of the latents of this forward pass; less than the step's where a prompt has an area.
+        to_text: ``to_text(q, branch)`` is what queries get from the text of a prompt branch that need not be evaluated,
+            in place of their own: the plain attention, without edits. At cross sites only.
     """
 
     q: Tensor
@@ -48,6 +52,8 @@ class Call:
     step: Any
     mask: Tensor | None = None
     rope: Tensor | None = None
+    latent: tuple[int, ...] = ()
+    to_text: Callable[[Tensor, Any], Tensor] | None = None
 
     def replace(self, **changes: Tensor) -> Call:
         return replace(self, **changes)
@@ -56,11 +62,21 @@ class Call:
         """``tensor`` ``[R, ...]`` as ``[chunks, samples, ...]``, a view."""
         return tensor.unflatten(0, (len(self.roles), self.samples))
 
+    def only(self, which: slice) -> Call:
+        """The call for these samples of each chunk alone. Edits that compare samples cannot act on it."""
+        def rows(tensor: Tensor | None) -> Tensor | None:
+            whole = tensor is not None and len(tensor) == len(self.q)
+            return self.by_sample(tensor)[:, which].flatten(0, 1) if whole else tensor
+
+        return replace(self, q=rows(self.q), k=rows(self.k), v=rows(self.v), mask=rows(self.mask), rope=rows(self.rope),
+                       samples=len(range(*which.indices(self.samples))))
+
     def probabilities(self) -> Tensor:
         """softmax(q k^T / sqrt(D)), ``[R, heads, tokens, tokens]``, float32."""
         scores = self.q.float() @ self.k.float().transpose(-1, -2) * self.q.shape[-1] ** -0.5
         if self.mask is not None:
-            scores = scores.masked_fill(~self.mask, -torch.inf) if self.mask.dtype == torch.bool else scores + self.mask
+            mask = self.mask.unsqueeze(1) if self.mask.ndim == 3 else self.mask  # [R, tokens, tokens]: for every head
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
         return scores.softmax(-1)
 
     def unrotated(self, tokens: Tensor, where: slice = ALL) -> Tensor:
@@ -120,6 +136,11 @@ class AttentionEdit:
         """``attend()`` is the result so far, ``[R, heads, tokens, D]``; who does not ask for it saves the work.
         ``attend(other)`` is that of another call, with other keys and values for instance, through the same edits."""
         return attend()
+
+    def across(self, site: Site, roles: Sequence[Any], results: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The results of all chunks that it acts on, ``[samples, heads, tokens, D]`` each, whichever other edits they
+        went through. Only chunks of one forward pass meet."""
+        return results
 
     def residual(self, block: Residual) -> Tensor:
         """The new ``h``. Only asked at sites of kind "residual"."""

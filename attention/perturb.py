@@ -2,9 +2,10 @@
 
     D = D_cfg + s (D_c - D_perturbed)
 
-PAG, perturbed attention guidance. Ahn et al., ECCV 2024, arXiv 2403.17377: the attention map becomes the identity, every
-image token keeps its own value v. SEG, smoothed energy guidance. Hong, NeurIPS 2024, arXiv 2408.00760: the queries are
-blurred over the token grid with a Gaussian, which blurs the attention logits; beyond sigma 9999 they become their mean.
+PAG, perturbed attention guidance. Ahn et al., ECCV 2024, arXiv 2403.17377: the attention map becomes the identity,
+every image token keeps its own value v. SEG, smoothed energy guidance. Hong, NeurIPS 2024, arXiv 2408.00760: the
+queries are blurred over the token grid with a Gaussian, which blurs the attention logits; beyond sigma 9999 they become
+their mean.
 
 On transformers (derived; neither paper has them): only the rows of image tokens change, text rows stay; and the blur is
 of the queries before their rotary embedding.
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .contract import AttentionEdit, Call
 
@@ -29,6 +31,7 @@ class Identity(AttentionEdit):
 
     title = "perturbed attention"
     kinds = frozenset({"self", "joint"})
+    needs_grid = True  # where tokens are merged, queries and values are no longer the same tokens
 
     def output(self, call: Call, attend: Callable[..., Tensor]) -> Tensor:
         image = call.site.image
@@ -39,21 +42,26 @@ class Identity(AttentionEdit):
         return out
 
 
-def blur(tokens: Tensor, grid: tuple[int, int, int], sigma: float) -> Tensor:
-    """``tokens`` ``[R, heads, t * h * w, D]``, blurred over h and w. Edges reflect; the kernel spans 3 sigma, at most
-    what the grid can reflect. A constant stays what it is."""
-    if sigma > MEAN:
-        return tokens.mean(2, keepdim=True).expand_as(tokens)
-    frames, height, width = grid
-    planes = tokens.float().movedim(2, 3).reshape(-1, 1, height, width)
-    for size, dim in ((height, 2), (width, 3)):
-        reach = min(max(int(3 * sigma + 0.5), 1), size - 1)
+def gaussian(planes: Tensor, sigma: float, span: float = 3.0) -> Tensor:
+    """``planes`` ``[..., H, W]``, blurred over H and W with a Gaussian of ``sigma`` cells that is cut off at ``span``
+    sigma, and where a side is too short to reflect. A constant stays what it is."""
+    shape = planes.shape
+    planes = planes.float().reshape(-1, 1, *shape[-2:])
+    for dim in (2, 3):
+        reach = min(max(int(span * sigma + 0.5), 1), planes.shape[dim] - 1)
         weights = torch.arange(-reach, reach + 1, device=planes.device, dtype=planes.dtype)
         weights = torch.exp(-0.5 * (weights / sigma) ** 2)
         kernel = (weights / weights.sum()).view((1, 1, -1, 1) if dim == 2 else (1, 1, 1, -1))
         pad = (0, 0, reach, reach) if dim == 2 else (reach, reach, 0, 0)
-        planes = torch.nn.functional.conv2d(torch.nn.functional.pad(planes, pad, mode="reflect"), kernel)
-    return planes.reshape(*tokens.shape[:2], -1, frames * height * width).movedim(2, 3).to(tokens.dtype)
+        planes = F.conv2d(F.pad(planes, pad, mode="reflect"), kernel)
+    return planes.reshape(shape)
+
+
+def blur(tokens: Tensor, grid: tuple[int, int, int], sigma: float) -> Tensor:
+    """``tokens`` ``[R, heads, t * h * w, D]``, blurred over h and w of each frame; beyond :data:`MEAN` their mean."""
+    if sigma > MEAN:
+        return tokens.mean(2, keepdim=True).expand_as(tokens)
+    return gaussian(tokens.movedim(2, 3).unflatten(3, grid), sigma).flatten(3).movedim(3, 2).to(tokens.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,12 +46,12 @@ def numbered(sites: Iterable[Site]) -> list[Site]:
 
 
 def selected(blocks: str, name: str) -> bool:
-    """Whether a list such as "middle, output.3-5, double.0, single" names the site; "" names all.
+    """Whether a list such as "middle, output.3-5, double.0, single" names the site; "" and "all" name all.
 
     An entry is a name or its beginning; the last number may be a range. Entries are separated by commas or spaces.
     """
     entries = parse(blocks)
-    return not entries or any(_matches(entry, name.split(".")) for entry in entries)
+    return not entries or any(entry == ["all"] or _matches(entry, name.split(".")) for entry in entries)
 
 
 def parse(blocks: str) -> list[list[str]]:
@@ -64,9 +64,11 @@ def parse(blocks: str) -> list[list[str]]:
     for entry in entries:
         if not re.fullmatch(r"[a-z]+(\.\d+)*(\.\d+-\d+)?", entry):
             raise ValueError(
-                f"blocks: '{entry}' is not a block. Write names as Inspect Attention lists them, for instance 'middle', "
-                "'output.3', 'output.3-5', 'double.0-3, single'."
+                f"blocks: '{entry}' is not a block. Write names as Inspect Attention lists them, for instance "
+                "'middle', 'output.3', 'output.3-5', 'double.0-3, single', or 'all'."
             )
+        if (ends := re.search(r"(\d+)-(\d+)$", entry)) and int(ends[1]) > int(ends[2]):
+            raise ValueError(f"blocks: the range in '{entry}' runs backwards. Write the lower number first.")
     return [entry.split(".") for entry in entries]
 
 

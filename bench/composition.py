@@ -13,8 +13,8 @@ from . import ROOT, prepare
 
 PAGE = ROOT / "COMPOSITION.md"
 STAGES = {  # the hooks in the order in which the executor runs them: what a user reads
-    "scale": "weight", "sources": "prompt", "branches": "evaluation", "refine": "predictions", "direction": "push",
-    "term": "terms", "finish": "result",
+    "scale": "weight", "latent": "latent", "sources": "prompt", "branches": "evaluation", "edits": "attention",
+    "predicts_uncond": "negative", "refine": "predictions", "direction": "push", "term": "terms", "finish": "result",
 }  # fmt: skip
 HEAD = """# Which guidance methods go together, and what happens
 
@@ -24,8 +24,11 @@ Put any of them on one MODEL, in any order of wiring: the result is the same, bi
 """  # noqa: E501
 STAGES_TEXT = """
 * **weight**: how strong guidance is at this step, and whether it acts at all
+* **latent**: what the model sees in place of the sampler's latent
 * **prompt**: which conditioning plays the positive
 * **evaluation**: further predictions, all in the one batched call of the step
+* **attention**: what attention does inside that call
+* **negative**: whether it is predicted instead of evaluated
 * **predictions**: what the model said of the positive and of the negative
 * **push**: their difference, before it is multiplied by the weight
 * **terms**: what is added to the guided picture

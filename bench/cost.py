@@ -34,13 +34,17 @@ from rudder.guidance.blend import FixedBlend
 from rudder.guidance.cfg import CFG
 from rudder.guidance.cfg_zero import CFGZero
 from rudder.guidance.contract import Guidance, Prompt
+from rudder.guidance.contrast import PerturbedAttention, SmoothedEnergy
 from rudder.guidance.dynamic import DynamicCFG
+from rudder.guidance.entropy import AttentionEntropy
 from rudder.guidance.instruct import InstructGuidance
 from rudder.guidance.interval import LimitedInterval
 from rudder.guidance.linear_ag import LinearAG
+from rudder.guidance.nag import NAG
 from rudder.guidance.negative import ExtraNegative
 from rudder.guidance.perpneg import PerpNeg
 from rudder.guidance.r2f import R2F
+from rudder.guidance.sag import SelfAttentionGuidance
 from rudder.guidance.schedule import Schedule
 from rudder.guidance.scorers import Overshoot
 from rudder.guidance.tag import CTAG, TAG
@@ -52,6 +56,7 @@ from rudder.guidance.trace import Recorder, Trace
 from rudder.host import add_guidance
 from rudder.host import demo as demo_host
 from rudder.host.samplers import cfg_pp
+from rudder.host.sites import sites_of
 from rudder.inversion.cfg_pp import CFGPP
 
 from . import Options, Table
@@ -90,7 +95,7 @@ class Row:
     """The methods on the MODEL in wiring order, and how many evaluations the step at a noise level must take.
 
     ``apart``: as many of them, beyond the first two, depend on earlier ones and come one after another.
-    ``sampler``: a SAMPLER of ours in euler's place.
+    ``sampler``: a SAMPLER of ours in euler's place. ``joint``: further evaluations on joint attention (Flux).
     ``own``: ComfyUI's own node on the MODEL instead, at its own defaults; ``like``: the name of our row that it does
     the work of, '' while there is none.
     """
@@ -102,6 +107,7 @@ class Row:
     own: Callable[[Any], Any] | None = None
     like: str = ""
     sampler: Any = None
+    joint: int = 0
 
 
 def own(node: str, execute: Callable[[Any], Any], evaluations: int, like: str = "") -> Row:
@@ -138,8 +144,13 @@ ROWS = (
     Row("Sharper Content (TAG)", lambda a: (TAG(),), lambda s: 2),
     Row("Sharper Content (C-TAG)", lambda a: (CTAG(),), lambda s: 2),
     Row("Noise Level Alignment (TAG)", lambda a: (TemporalTAG(predictor=Untrained()),), lambda s: 2),
-    own("PerturbedAttentionGuidance", lambda m: OwnPAG.execute(m, 3.0), 3),
-    own("SelfAttentionGuidance", lambda m: OwnSAG.execute(m, 0.5, 2.0), 3),
+    Row("Structure Guidance (PAG)", lambda a: (PerturbedAttention(blocks="middle, double.0"),), lambda s: 3),
+    own("PerturbedAttentionGuidance", lambda m: OwnPAG.execute(m, 3.0), 3, "Structure Guidance (PAG)"),
+    Row("Smoothness Guidance (SEG)", lambda a: (SmoothedEnergy(blocks="middle, double.0"),), lambda s: 3),
+    Row("Salient Detail Guidance (SAG)", lambda a: (SelfAttentionGuidance(),), lambda s: 3, apart=1),
+    own("SelfAttentionGuidance", lambda m: OwnSAG.execute(m, 0.5, 2.0), 3, "Salient Detail Guidance (SAG)"),
+    Row("Negative at Any CFG (NAG)", lambda a: (NAG(negative=a),), lambda s: 2, joint=1),
+    Row("Other Sizes (attention entropy)", lambda a: (AttentionEntropy(trained=(4, 4)),), lambda s: 2),
     Row("Low Guidance Sampler (CFG++), euler", lambda a: (), lambda s: 2, sampler=cfg_pp(CFGPP())),
     Row("Low Guidance Sampler (CFG++), dpm++ 2m", lambda a: (), lambda s: 2, sampler=cfg_pp(CFGPP(solver="dpm++ 2m"))),
     Row("KSampler, trace on", lambda a: (Trace(recorder=Recorder()),), lambda s: 2),
@@ -147,7 +158,14 @@ ROWS = (
 )  # fmt: skip
 
 #: Methods of the pack without a row, and why.
-ELSEWHERE = {"AutoGuidance": "its third evaluation is another model's, of which one batched call cannot be the measure"}
+ELSEWHERE = {
+    "AutoGuidance": "its third evaluation is another model's, of which one batched call cannot be the measure",
+    "PromptToPrompt": "its batch is a source and its edits: `bench edit` times it",
+    "LocalBlend": "its batch is a source and its edits: `bench edit` times it",
+    "MasaCtrl": "its batch is a source and its edits: `bench edit` times it",
+    "PlugAndPlay": "its batch is a source and its edits: `bench edit` times it",
+    "RIVAL": "its batch is a source and its edits",
+}
 
 
 def demo_model(file: Path) -> tuple[Any, Conds]:
@@ -274,6 +292,7 @@ def measure(
     why = {row.name: refusal(plan, model, conds, batch, steps, size) for row, plan in plans if row.own}
     plans = [(row, plan) for row, plan in plans if not why.get(row.name)]
     sigmas = levels(model, steps)[:-1]
+    joint = any(site.kind == "joint" for site in sites_of(model.model.diffusion_model))
     evaluations = {row: counted(plan, conds, batch, steps, size, row.sampler) for row, plan in plans}  # and warms up
     pairs: dict[Row, Pairs] = {row: [] for row, _ in plans}
     for _ in range(repeats):
@@ -281,7 +300,7 @@ def measure(
             pairs[row] += timed(plan, conds, batch, steps, size, evaluations[row], row.apart, row.sampler)
     table = []
     for row, _ in plans:
-        expected = [row.evaluations(float(sigma)) for sigma in sigmas]
+        expected = [row.evaluations(float(sigma)) + row.joint * joint for sigma in sigmas]
         ratios = [step / reference for _, step, reference in pairs[row]]
         low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
         table.append({

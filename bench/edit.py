@@ -15,16 +15,22 @@ import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from scipy import ndimage
 from torch import Tensor
 
-from rudder.demo import world
+from rudder.attention.edit_prompts import EditPrompts
+from rudder.guidance.aapb import AAPB
+from rudder.guidance.contract import Guidance, Prompt
+from rudder.guidance.features import PlugAndPlay
+from rudder.guidance.local_blend import LocalBlend
+from rudder.guidance.mutual import MasaCtrl
+from rudder.guidance.prompt_to_prompt import PromptToPrompt
+from rudder.guidance.space import Parametrisation
+from rudder.host.words import encoded
 
 from . import ROOT, Options, Table, cells, edits, measures
 from .cells import Job, Store
@@ -33,21 +39,48 @@ from .generate import Methods, files
 from .stats import Interval, difference, mean_interval
 
 CODE = ("host/attention.py", "host/sites/__init__.py", "host/sites/unet.py", "host/sites/flux.py")
-BACKGROUND = 0.1  # a pixel this far (of the range, in its worst channel) from the background's colour shows an object
-RIM = {"object": 2, "second": 2, "rim": 8}  # px around an object that its edit may touch: blur of the autoencoder, teeth
 PLAIN = "plain"
 
 
 @dataclass(frozen=True)
+class Given:
+    """What a row may use: the prompts of the family as the host's encoder made them, the CONDITIONING of the source for
+    every row, and what the model predicts."""
+
+    prompts: EditPrompts
+    source: Prompt
+    kind: Parametrisation
+
+
+@dataclass(frozen=True)
 class Row:
-    """A method of the table. ``methods``: what is wired on the MODEL for a family, from the host's CLIP and the texts
-    of source and edits; None for nothing."""
+    """A method of the table. ``make``: what is wired on the MODEL for a family, in wiring order."""
 
     name: str
-    methods: Callable[[Any, Source], Methods] | None = None
+    make: Callable[[Given], tuple[Guidance, ...]] = lambda given: ()
 
 
-ROWS: dict[str, Row] = {PLAIN: Row("edited prompt, same seed")}
+def p2p(given: Given, **options: Any) -> PromptToPrompt:
+    """The layout until 0.4 of the run as in the paper, on transformers until 0.2 (arXiv 2508.07519)."""
+    flow = given.kind is Parametrisation.FLOW
+    return PromptToPrompt(edit=given.prompts, **({"self_end": 0.2 if flow else 0.4} | options))
+
+
+def blend(given: Given) -> LocalBlend:
+    return LocalBlend(edit=given.prompts, blocks="double" if given.kind is Parametrisation.FLOW else "")
+
+
+#: Every row by its key, the most important first. A new method is one more line.
+ROWS: dict[str, Row] = {
+    PLAIN: Row("edited prompt, same seed"),
+    "p2p": Row("Prompt-to-Prompt", lambda g: (p2p(g),)),
+    "masactrl": Row("MasaCtrl", lambda g: (MasaCtrl(),)),
+    "pnp": Row("Plug-and-Play", lambda g: (PlugAndPlay(),)),
+    "p2p-blend": Row("Prompt-to-Prompt + local blend", lambda g: (p2p(g), blend(g))),
+    "pnp-blend": Row("Plug-and-Play + local blend", lambda g: (PlugAndPlay(), blend(g))),
+    "p2p-masactrl": Row("Prompt-to-Prompt + MasaCtrl", lambda g: (p2p(g), MasaCtrl())),
+    "aapb-p2p": Row("AAPB (anchor: source) + Prompt-to-Prompt", lambda g: (AAPB(anchor=g.source), p2p(g))),
+}
 
 
 # ---------------------------------------------------------------- pictures
@@ -104,21 +137,26 @@ class Family:
         return Job(self, methods, self.first, self.n)
 
 
-@lru_cache(maxsize=1)
-def code() -> str:
-    return hashlib.sha256("\n".join((ROOT / file).read_text(encoding="utf-8") for file in CODE).encode()).hexdigest()[:8]
+def code_of(made: Sequence[Guidance]) -> str:
+    """What methods add to what a store's folder stands for: their files and those of CODE, and their settings without
+    the prompts, 8 hex digits."""
+    settings = [{k: v for k, v in vars(method).items() if isinstance(v, str | int | float)} for method in made]
+    parts = [cells.code_of([type(method) for method in made]), repr(settings)]
+    parts += [(ROOT / file).read_text(encoding="utf-8") for file in CODE]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
 
 
 def families(store: Store, key: str, n: int) -> list[tuple[Family, Methods | None]]:
     """The first n families of a row, with what is wired for each."""
-    make = ROWS[key].methods
-    out = []
-    for number in range(n):
-        family = Family(number, key, store.settings.cfg, "")
-        methods = make(store.painter.clip, family.source) if make else None
-        out.append((family, methods))
-    mark = cells.code_of(out[0][1](None)) + code() if make else ""
-    return [(replace(family, code=mark), methods) for family, methods in out]
+    def methods(family: Family) -> Methods:
+        _, prompts = encoded(store.painter.clip, family.texts)
+        source = Prompt(store.painter.conditioning([family.source.text] * len(family.texts)), "source")
+        return lambda _: ROWS[key].make(Given(prompts, source, store.painter.parametrisation))
+
+    plain = [Family(number, key, store.settings.cfg, "") for number in range(n)]
+    made = methods(plain[0])(None)
+    mark = code_of(made) if made else ""
+    return [(replace(family, code=mark), methods(family)) for family in plain]
 
 
 def read(store: Store, family: Family) -> tuple[Tensor, dict]:
@@ -128,45 +166,7 @@ def read(store: Store, family: Family) -> tuple[Tensor, dict]:
         return torch.from_numpy(pixels).movedim(3, 1).float() / 255, json.loads(strip.text["rudder"])
 
 
-# ---------------------------------------------------------------- what stays
-
-def objects(picture: Tensor, truth: dict) -> list[np.ndarray]:
-    """Masks ``[64, 64]`` of the objects that a picture ``[3, 64, 64]`` shows on the background of its truth, in the
-    order in which the truth says them. Backgrounds of the world are of one colour; of two objects a connected part
-    belongs to the one whose colour it is nearer to."""
-    pixels = picture.movedim(0, 2).numpy()
-    behind = np.array(world.BACKGROUNDS[truth["background"]]) / 255
-    there = np.abs(pixels - behind).max(-1) > BACKGROUND
-    said = truth["objects"]
-    if len(said) == 1:
-        return [there]
-    colours = np.array([world.COLORS[o["color"]] for o in said]) / 255
-    parts, count = ndimage.label(there)
-    masks = [np.zeros_like(there) for _ in said]
-    for part in range(1, count + 1):
-        mean = np.median(pixels[parts == part], axis=0)
-        masks[int(((colours - mean) ** 2).sum(-1).argmin())] |= parts == part
-    return masks
-
-
-def kept(source: Tensor, truth: dict, edit: Edit) -> Tensor:
-    """1 where the edit must leave the source's picture as it is, ``[64, 64]``."""
-    masks = objects(source, truth)
-    if edit.free == "background":
-        return torch.from_numpy(ndimage.binary_erosion(masks[0], iterations=1).astype(np.float32))
-    free = ndimage.binary_dilation(masks[-1] if edit.free == "second" else masks[0], iterations=RIM[edit.free])
-    return torch.from_numpy((~free).astype(np.float32))
-
-
-def structure(a: list[Tensor], b: list[Tensor]) -> Tensor:
-    """Structure distance ``[B]`` of the coarsest feature maps ``[B, C, h, w]``: mean square difference of the cosine
-    similarities of all pairs of positions. After PIE-Bench, which takes DINO's keys; here they are the judge's."""
-    def similarities(maps: Tensor) -> Tensor:
-        tokens = torch.nn.functional.normalize(maps.flatten(2), dim=1)
-        return tokens.transpose(1, 2) @ tokens
-
-    return ((similarities(a[-1]) - similarities(b[-1])) ** 2).mean((1, 2))
-
+# ---------------------------------------------------------------- what became of it
 
 @dataclass(frozen=True)
 class Made:
@@ -193,12 +193,12 @@ def judged(store: Store, family: Family, judge: Any) -> Iterator[Made]:
         return
     maps = judge.maps(pictures)
     for i, edit in enumerate(source.edits, start=1):
-        where = kept(pictures[0], source.truth, edit)[None]
+        where = edits.kept(pictures[0], source.truth, edit)[None]
         pair = pictures[:1], pictures[i:i + 1]
         psnr = float(measures.psnr(*pair, where).clamp(max=60)) if where.sum() > 0 else float("nan")
         yield Made(
             edit, source.text, float(parts["all"][i]), float(all(parts[f][i] == 1 for f in edit.asked)), psnr,
-            float(structure([m[:1] for m in maps], [m[i:i + 1] for m in maps])), about["seconds"],
+            float(measures.structure([m[:1] for m in maps], [m[i:i + 1] for m in maps])), about["seconds"],
             about["evaluations"], (torch.cat(pair).movedim(1, 3) * 255).round().to(torch.uint8).numpy(),
         )
 
@@ -228,8 +228,6 @@ COLUMNS = {"model": ("model", ""), "kind": ("edit", ""), "method": ("method", ""
 
 def row(model: str, kind: str, key: str, made: Sequence[Made], plain: Sequence[Made]) -> dict:
     out = {"model": model, "kind": kind, "method": ROWS[key].name, "n": len(made)}
-    if not made:
-        return out
     out |= {"success": interval(made, "success", 100), "changed": interval(made, "changed", 100),
             "psnr": interval(made, "psnr"), "structure": interval(made, "structure", 1000),
             "evaluations": made[0].evaluations, "seconds": float(np.median([one.seconds for one in made]))}
@@ -263,7 +261,7 @@ def main(options: Options) -> Table:
                 for key, made in found.items():
                     of = [one for one in made if kind in ("all", one.edit.kind)]
                     plain = [one for one in found.get(PLAIN, ()) if kind in ("all", one.edit.kind)]
-                    rows.append(row(name, kind, key, of, plain))
+                    rows += [row(name, kind, key, of, plain)] if of else []
             sheets |= {f"{name}-{which}": (found, which) for which in ("median", "worst")}
     return table(rows, sheets, options, n, left_out, missing)
 
@@ -272,8 +270,9 @@ def table(rows: list[dict], sheets: dict, options: Options, n: int, left_out: di
     notes = [
         f"{n} sources of the list {edits.digest()} and their edits, the same seeds for every method. Success: all that "
         "the edited prompt says, as the judge reads it, in %. PSNR: outside the object (recolour, retexture; reshape "
-        f"with a rim of {RIM['rim']} px), inside it (restyle, add), outside the second (delete), against the source's "
-        "picture, at most 60 dB. Intervals: 95 % bootstrap, clustered by source; differences are of the same pictures.",
+        f"with a rim of {edits.RIM['rim']} px), inside it (restyle, add), outside the second (delete), against the "
+        "source's picture, at most 60 dB. Intervals: 95 % bootstrap, clustered by source; differences are of the same "
+        "pictures.",
         "A low structure distance may mean that nothing was done: read it with success.",
         "; ".join(f"{model}: {count} of {n} families left out because the source's picture is not what it says"
                   for model, count in left_out.items()) + ".",

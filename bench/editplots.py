@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
@@ -54,7 +55,7 @@ def cases(found: dict[str, list[Made]], which: str) -> Figure | None:
     cells = {key: row for key, row in cells.items() if any(row)}
     if not cells:
         return None
-    figure = Figure(figsize=(2.6 * len(edits.KINDS), 1.9 * len(cells) + 0.4), layout="constrained")
+    figure = Figure(figsize=(2.6 * len(edits.KINDS), 2.1 * len(cells) + 0.4), layout="constrained")
     axes = figure.subplots(len(cells), len(edits.KINDS), squeeze=False)
     for (key, row), line in zip(cells.items(), axes):
         for kind, one, axis in zip(edits.KINDS, row, line):
@@ -63,7 +64,7 @@ def cases(found: dict[str, list[Made]], which: str) -> Figure | None:
                 axis.axis("off")
                 continue
             axis.imshow(np.concatenate(list(one.pictures), axis=1), interpolation="nearest")
-            axis.set_title(f"{kind}: {one.edit.text}", fontsize=6, wrap=True)
+            axis.set_title("\n".join([kind, *textwrap.wrap(one.edit.text, 36)]), fontsize=7)
             axis.set_xlabel(f"{one.psnr:.1f} dB, {'right' if one.success else 'WRONG'}", fontsize=7)
         line[0].set_ylabel(ROWS[key].name, fontsize=8)
     return figure

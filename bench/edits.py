@@ -21,12 +21,17 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 
 import numpy as np
+import torch
+from scipy import ndimage
+from torch import Tensor
 
 from rudder.demo import words, world
 
 from .rareshapes import turn, usual_relations, usual_texture
 
 KINDS = ("recolour", "reshape", "retexture", "restyle", "add", "delete")
+BACKGROUND = 0.1  # how far the worst channel of an object's pixel is from the background, of the range
+RIM = {"object": 2, "second": 2, "rim": 8}  # px around an object that its edit may touch
 SEED = 2208_01626  # of the colours and shapes that are drawn here
 
 
@@ -88,3 +93,33 @@ def sources() -> tuple[Source, ...]:
 def digest() -> str:
     """Of the list, 8 hex digits."""
     return hashlib.sha256(json.dumps([asdict(source) for source in sources()]).encode()).hexdigest()[:8]
+
+
+# ---------------------------------------------------------------- what must stay
+
+def objects(picture: Tensor, truth: dict) -> list[np.ndarray]:
+    """Masks ``[64, 64]`` of the objects that a picture ``[3, 64, 64]`` shows on the background of its truth, in the
+    order in which the truth says them. Backgrounds of the world are of one colour; of two objects a connected part
+    belongs to the one whose colour it is nearer to."""
+    pixels = picture.movedim(0, 2).numpy()
+    behind = np.array(world.BACKGROUNDS[truth["background"]]) / 255
+    there = np.abs(pixels - behind).max(-1) > BACKGROUND
+    said = truth["objects"]
+    if len(said) == 1:
+        return [there]
+    colours = np.array([world.COLORS[o["color"]] for o in said]) / 255
+    parts, count = ndimage.label(there)
+    masks = [np.zeros_like(there) for _ in said]
+    for part in range(1, count + 1):
+        mean = np.median(pixels[parts == part], axis=0)
+        masks[int(((colours - mean) ** 2).sum(-1).argmin())] |= parts == part
+    return masks
+
+
+def kept(source: Tensor, truth: dict, edit: Edit) -> Tensor:
+    """1 where the edit must leave the source's picture as it is, ``[64, 64]``."""
+    masks = objects(source, truth)
+    if edit.free == "background":
+        return torch.from_numpy(ndimage.binary_erosion(masks[0], iterations=1).astype(np.float32))
+    free = ndimage.binary_dilation(masks[-1] if edit.free == "second" else masks[0], iterations=RIM[edit.free])
+    return torch.from_numpy((~free).astype(np.float32))

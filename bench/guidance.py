@@ -30,9 +30,11 @@ from rudder.guidance.beta_cfg import BetaCFG
 from rudder.guidance.blend import FixedBlend
 from rudder.guidance.cfg_zero import CFGZero
 from rudder.guidance.contract import Guidance, Prompt
+from rudder.guidance.contrast import PerturbedAttention, SmoothedEnergy
 from rudder.guidance.dynamic import DynamicCFG
 from rudder.guidance.interval import LimitedInterval
 from rudder.guidance.linear_ag import LinearAG
+from rudder.guidance.nag import NAG
 from rudder.guidance.negative import ExtraNegative
 from rudder.guidance.perpneg import PerpNeg
 from rudder.guidance.schedule import Schedule
@@ -142,6 +144,10 @@ ROWS: dict[str, Row] = {
     "uncond-negative": Row("negative as uncond", lambda g: (AsUncond(negative=g.anchor),), "harmful"),
     "extra-negative": Row("extra negative", lambda g: (ExtraNegative(negative=g.anchor),), "harmful"),
     "perp-neg": Row("Perp-Neg", lambda g: (PerpNeg(negatives=(g.anchor,)),), "harmful"),
+    "pag": Row("PAG", lambda g: (PerturbedAttention(),), least=1.0),
+    "seg": Row("SEG", lambda g: (SmoothedEnergy(),), least=1.0),
+    "sag": Row("SAG", lambda g: (SelfAttentionGuidance(),), least=1.0),
+    "nag": Row("NAG", lambda g: (NAG(negative=g.anchor),), "harmful", least=1.0),
     "aapb": Row("AAPB", lambda g: (AAPB(anchor=g.anchor),), "superclass"),
     "r2f": Row("R2F", lambda g: rare.ROWS["r2f-3"].methods(g.anchor, "frequent", g.kind), "superclass"),
     "blend": Row("fixed blend", lambda g: (FixedBlend(anchor=g.anchor),), "superclass"),
@@ -150,6 +156,9 @@ ROWS: dict[str, Row] = {
 ELSEWHERE = {
     "CFG": "the sampler's own cfg is the row CFG", "Trace": "it changes nothing",
     "InstructGuidance": "it needs a model that takes an image", "AutoGuidance": "it needs a worse model of the world",
+    "AttentionEntropy": "it is for pictures of another size than the model was trained on",
+    **dict.fromkeys(("PromptToPrompt", "LocalBlend", "MasaCtrl", "PlugAndPlay"), "it edits: `bench edit`"),
+    "RIVAL": "it varies a picture of the same batch",
 }  # fmt: skip
 SATURATION = ("apg", "cfg-zero", "tcfg")  # expected nearer the data than CFG at high cfg
 SAVES = 25.0  # percent of the evaluations that Adaptive Guidance is expected to save

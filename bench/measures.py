@@ -88,6 +88,17 @@ def perceptual(a: list[Tensor], b: list[Tensor], where: Tensor | None = None) ->
     return total
 
 
+def structure(a: list[Tensor], b: list[Tensor]) -> Tensor:
+    """Structure distance [B] of the coarsest feature maps [B, C, h, w] of Judge.maps: mean square difference of the
+    cosine similarities of all pairs of positions. 0 for equal layouts, whatever is there. After PIE-Bench (arXiv
+    2310.01506), which takes DINO's keys."""
+    def similarities(maps: Tensor) -> Tensor:
+        tokens = functional.normalize(maps.flatten(2), dim=1)
+        return tokens.transpose(1, 2) @ tokens
+
+    return ((similarities(a[-1]) - similarities(b[-1])) ** 2).mean((1, 2))
+
+
 def _sets(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
         raise ValueError(f"Two sets of features [N > 1, F] are needed, not {list(a.shape)} and {list(b.shape)}.")

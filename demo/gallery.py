@@ -28,6 +28,11 @@ COLUMNS = {
     "cfg_pp": ("CFG", "CFG++ Euler", "CFG++ ancestral", "CFG++ 2M"),
     "w2sd": ("Euler", "W2SD, cfg 5.5 / 1", "W2SD, weaker prompt"),
     "dynamic_cfg": ("CFG", "Self-tuning CFG", "LinearAG", "alignment"),
+    "contrast_guidance": ("CFG", "PAG", "SEG", "SAG", "CFG, 96x96", "entropy, 96x96"),
+    "inspect_attention": (),  # a plot, with labels of its own
+    "nag": ("cfg 1", "cfg 1 with NAG", "cfg 3", "cfg 3 with NAG"),
+    "prompt_to_prompt": ("edited prompts alone", "Prompt-to-Prompt", "and local blend"),
+    "reference_row": ("edited prompts alone", "MasaCtrl", "Plug-and-Play", "RIVAL"),
 }
 LINES = {"guidance_methods": 2}  # strips too long for one line
 PROMPTS = ("a large striped red circle on a white background", "a hollow square", "a melted heart", "a sliced triangle",
@@ -76,10 +81,10 @@ def workflow(name: str) -> None:
         subprocess.run([*command, "--out", folder], check=True)
         strips, traces = saved(Path(folder), name), saved(Path(folder), f"{name}_trace")
         columns = COLUMNS[name]
-        if strips[0].height > strips[0].width:  # methods below each other: pictures side by side
+        if columns and strips[0].height > strips[0].width:  # methods below each other: pictures side by side
             strips = [sheet([s.rotate(90, expand=True) for s in reversed(strips)], ()).rotate(-90, expand=True)]
             columns = ("from above: " + ", ".join(columns),)
-        made = sheet(strips, columns, LINES.get(name, 1))
+        made = sheet(strips, columns, LINES.get(name, 1)) if columns else strips[0]
         made.save(IMAGES / f"{name}.png", optimize=True)
         thumbnail(made).save(ROOT / "workflows" / f"{name}.jpg", quality=88)
         if name == "rare_concept":

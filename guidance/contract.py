@@ -4,6 +4,8 @@ A method is a frozen dataclass that derives from :class:`Guidance`. It is append
 one executor (``host/run.py``) runs the whole plan at every step, in this order:
 
 1. ``scale``      the guidance weight, before anything is evaluated (a weight of 1 drops the negative branch)
+   ``latent``     what the model sees in place of the sampler's latent
+   ``predicts_uncond``  whether the negative is not evaluated although there is guidance
 2. ``sources``    which conditioning plays the role "cond" or "uncond" at this step (prompt scheduling)
 3. ``branches``   further conditionings to evaluate; all of them ride in one batched call of the host
    ``edits``      what attention does inside that call (``attention/contract.py``)
@@ -24,7 +26,9 @@ different ranks or share a role in ``claims``, so the wiring never decides the r
      4  when guidance ends, with what is left without it  Adaptive Guidance
      5  the guided blend; the push as a whole             AAPB; APG
      6  the result                                        TAG
-     7, 8  terms beside it                                AutoGuidance, InstructPix2Pix
+     7, 8  terms beside it                                AutoGuidance; InstructPix2Pix
+     9 to 11  the same, by what attention does            PAG; SEG; SAG
+     9, 10  what an edit keeps of its source              RIVAL; local blend
 
 A method acts only while the noise level is inside its ``[start, end]`` window, so no method has to code that itself.
 
@@ -142,6 +146,7 @@ class Step:
         evaluate: ``evaluate(x, sigma, *roles)`` are the model's x0 predictions at the latents ``x`` (as ``Step.x``) and
             the noise level ``sigma`` (a number above 0), one for each of ``roles`` ("cond", "uncond"), in one batched
             call. The conditionings, and the strength of scheduled LoRA hooks, are those of the step.
+        sites: where the model attends; empty for a family that is not known.
     """
 
     x: Tensor
@@ -158,6 +163,7 @@ class Step:
     states: dict[int, dict] = field(default_factory=dict)
     record: dict[str, Any] | None = None
     evaluate: Callable[..., list[Tensor]] | None = None
+    sites: Sequence[Site] = ()
 
     @property
     def steps(self) -> int:
@@ -180,6 +186,10 @@ class Step:
         """Whether sigma lies in the window of timestep percents, both ends included, as the host's own ranges."""
         return self.percent_to_sigma(end) <= self.level <= self.percent_to_sigma(start)
 
+    def before(self, percent: float) -> bool:
+        """Whether sigma is still above that of the timestep percent: never for 0, always for 1."""
+        return self.level > self.percent_to_sigma(percent) * (1 + 1e-5)  # with room for rounding
+
     def percent_of(self, sigma: float) -> float:
         """Where ``sigma`` lies on the model's timesteps, 0 (pure noise) .. 1 (clean): ``percent_to_sigma`` inverted."""
         low, high = 0.0, 1.0
@@ -200,6 +210,7 @@ class Setup:
 
     ``weights`` are the guidance weights of the steps after the ``scale`` stage. ``likeness`` tells what a prompt is
     the same as: "positive", "negative", "empty" (all zeros) or None. ``sites`` are where the model attends.
+    ``features`` are the text features of the positive, ``[1 or rows, tokens, D]`` for each of its entries.
     """
 
     cfg: float
@@ -208,6 +219,7 @@ class Setup:
     parametrisation: Parametrisation
     likeness: Callable[[Prompt], str | None] = lambda prompt: None
     sites: Sequence[Site] = ()
+    features: Sequence[Tensor] = ()
 
     @property
     def guided(self) -> bool:
@@ -246,6 +258,15 @@ class Guidance:
     def scale(self, step: Step, weight: float) -> float:
         """The weight of this step. Also asked for every step before the run starts, with an empty ``step.x``."""
         return weight
+
+    def latent(self, step: Step, x: Tensor) -> Tensor:
+        """The latent on which the rest of the step goes on; the sampler keeps its own."""
+        return x
+
+    def predicts_uncond(self, step: Step) -> bool:
+        """Whether ``refine`` supplies the negative's prediction at this step, so that nobody need evaluate it. Asked
+        once, with the step's final weight."""
+        return False
 
     def sources(self, step: Step) -> Mapping[str, Branch]:
         return {}

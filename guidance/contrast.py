@@ -18,12 +18,17 @@ from torch import Tensor
 from ..attention.contract import AttentionEdit
 from ..attention.perturb import Blur, Identity
 from .contract import Branch, Guidance, GuidanceError, Predictions, Step, Variant
-from .space import norm
+from .space import cosine, norm
+
+#: The blocks that are degraded, whatever family the model is of: their names do not overlap. The UNet's is that of both
+#: papers, SD3's the default of a public implementation. PROVISIONAL: Flux's, which of the demo Flux's four blocks made
+#: the fewest artefacts in a small sweep; it was half trained, and no publication has one.
+BLOCKS = "middle, joint.1, double.1"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contrast(Guidance):
-    """Push away from the positive's prediction with degraded attention. One evaluation a step.
+class Contrast:
+    """What the two share: a push away from the positive's prediction with degraded attention. One evaluation a step.
 
     Args:
         strength: s; 0 changes nothing and costs nothing.
@@ -31,42 +36,50 @@ class Contrast(Guidance):
     """
 
     strength: float = 3.0
-    blocks: str = "middle"
+    blocks: str = BLOCKS
 
-    rank: ClassVar[int] = 7
+    title: ClassVar[str]
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not math.isfinite(self.strength):
-            raise GuidanceError(f"{self.title}: strength is {self.strength:g}; it must be a finite number.")
+            raise GuidanceError(f"{self.title}: strength is {self.strength:g}; give a finite number, 0 for none.")
 
     @property
     def edit(self) -> AttentionEdit:
         raise NotImplementedError
 
     @property
+    def off(self) -> bool:
+        return self.strength == 0
+
+    @property
     def worse(self) -> Variant:
         return Variant("cond", edits=(self.edit,))
 
     def prompts(self) -> Sequence[Branch]:
-        return () if self.strength == 0 else (self.worse,)
+        return () if self.off else (self.worse,)
 
     def branches(self, step: Step) -> Sequence[Branch]:
         return self.prompts()
 
     def term(self, step: Step, preds: Predictions) -> Tensor | None:
-        if self.strength == 0:
+        """s (D_c - D_worse), both as the model predicts them: a blend of the positive is no part of the contrast."""
+        if self.off:
             return None
-        push = self.strength * (preds.cond - preds[self.worse])
-        step.log(contrast=norm(push))
-        return push
+        contrast = step.plain.cond - preds[self.worse]
+        step.log(contrast=norm(contrast))
+        if step.plain.uncond is not None:
+            step.log(contrast_cosine=cosine(contrast, step.plain.cond - step.plain.uncond))
+        return self.strength * contrast
 
 
 @dataclass(frozen=True, kw_only=True)
-class PerturbedAttention(Contrast):
+class PerturbedAttention(Contrast, Guidance):
     """PAG. The paper: s 3 with CFG 4, s 5 alone, in the middle block of SD1.5 and SDXL."""
 
     title = "Structure Guidance (PAG)"
+    rank = 9
 
     @property
     def edit(self) -> AttentionEdit:
@@ -74,17 +87,22 @@ class PerturbedAttention(Contrast):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SmoothedEnergy(Contrast):
+class SmoothedEnergy(Contrast, Guidance):
     """SEG. The paper fixes s at 3 and turns sigma; above 9999 every query is the mean."""
 
     sigma: float = 100.0
 
     title = "Smoothness Guidance (SEG)"
+    rank = 10
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.sigma >= 0:
             raise GuidanceError(f"{self.title}: sigma is {self.sigma:g}; it must be 0 (changes nothing) or more.")
+
+    @property
+    def off(self) -> bool:
+        return self.strength == 0 or self.sigma == 0
 
     @property
     def edit(self) -> AttentionEdit:

@@ -13,7 +13,6 @@ them the last push is held: eps_u(k) = eps_c(k) + eps_u(j) - eps_c(j), j the las
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -22,8 +21,6 @@ from .cfg import require_guidance
 from .contract import Guidance, GuidanceError, Predictions, Setup, Step
 from .linear_fit import Coefficients
 from .space import expand, residual
-
-NEXT_TO_1 = math.nextafter(1.0, 2.0)  # so near to 1 that the host leaves the negative out, and yet a step with guidance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,16 +78,13 @@ class LinearAG(Guidance):
         rows = self.coefficients.cond[now].tolist()[:now], self.coefficients.uncond[now].tolist()
         return [(b, pairs[i][kind]) for kind, row in enumerate(rows) for i, b in enumerate(row) if b]
 
-    def scale(self, step: Step, weight: float) -> float:
-        state = step.state(self)
-        past = self.past(step)
-        state["weight"], state["past"] = weight, None if weight == 1.0 else past
-        return weight if state["past"] is None else NEXT_TO_1
+    def predicts_uncond(self, step: Step) -> bool:
+        past = step.state(self)["past"] = None if step.weight == 1.0 else self.past(step)
+        return past is not None
 
     def refine(self, step: Step, preds: Predictions) -> Predictions:
-        state, now, past = step.state(self), self.position(step), None
-        if step.weight == NEXT_TO_1:  # nobody after this method has ended guidance
-            step.weight, past = state["weight"], state["past"]
+        state, now = step.state(self), self.position(step)
+        past = state["past"]
         sigma = expand(step.sigma, step.x)
         cond = residual(step.x, preds.cond) / sigma
         uncond = None if preds.uncond is None else residual(step.x, preds.uncond) / sigma  # a sampler may ask for it

@@ -14,12 +14,11 @@ its own x, so its estimate is moved by r / (1 - r) times the shift, r = sigma' /
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from .contract import Branch, Guidance, GuidanceError, Step
+from .contract import Guidance, GuidanceError, Step
 from .space import TINY, expand, norm, shrink
 from .temporal_net import TimePredictor, alignment, place
 
@@ -47,24 +46,22 @@ class TemporalTAG(Guidance):
             if not 0 <= value < math.inf:
                 raise GuidanceError(f"{self.title}: {name} is {value:g}; it must be 0 (changes nothing) or more.")
 
-    def sources(self, step: Step) -> Mapping[str, Branch]:
-        """Called before the model is: the step goes on from the shifted latent."""
+    def latent(self, step: Step, x: torch.Tensor) -> torch.Tensor:
         state = step.state(self)
         if "predictor" not in state:
-            if not self.predictor.fits(step.x):
+            if not self.predictor.fits(x):
                 raise GuidanceError(f"{self.title}: the predictor reads latents of {self.predictor.channels} channels "
-                                    f"and this model's have {step.x.shape[1]}. Train one on this model's latents.")
+                                    f"and this model's have {x.shape[1]}. Train one on this model's latents.")
             with torch.inference_mode(False):
-                state["predictor"] = self.predictor.to(step.x)
+                state["predictor"] = self.predictor.to(x)
         places, length = place(step.sigma.float(), step.parametrisation)
-        x = step.x / expand(length, step.x)
-        gradient, seen = alignment(state["predictor"], x, places)
+        scaled = x / expand(length, x)
+        gradient, seen = alignment(state["predictor"], scaled, places)
         shift = gradient * expand(self.strength * torch.sin(places * math.pi / 2) ** 2, x)
-        shift = shift * expand(shrink(shift, self.limit * norm(x)), x)
-        step.log(time_gap=seen - places, shift=norm(shift) / norm(x).clamp_min(TINY))
-        state["shift"] = shift * expand(length, shift)
-        step.x = step.x + state["shift"]
-        return {}
+        shift = shift * expand(shrink(shift, self.limit * norm(scaled)), x)
+        step.log(time_gap=seen - places, shift=norm(shift) / norm(scaled).clamp_min(TINY))
+        state["shift"] = shift * expand(length, x)
+        return x + state["shift"]
 
     def finish(self, step: Step, x0: torch.Tensor) -> torch.Tensor:
         r = min(step.sigma_next / step.level, 0.999)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,6 +22,8 @@ from ..attention.contract import AttentionEdit, Call, Residual, overrides
 from ..attention.sites import Site
 from ..guidance.contract import GuidanceError, Step
 from .sites import Layout, Tap, family, taps_of
+
+log = logging.getLogger("rudder")
 
 OVERRIDE = "optimized_attention_override"
 Acting = Sequence[tuple[AttentionEdit, tuple[Any, ...]]]  # an edit and the roles it acts on; () is everyone
@@ -54,6 +58,11 @@ class Pass:
     roles: list[tuple[Any, ...]]  # of each chunk
     acting: Acting
     step: Step
+    latent: tuple[int, ...]
+    samples: int  # of each chunk
+    lengths: list[int | None]  # text tokens of each chunk, before the host repeats them to the length of others
+    texts: Mapping[Any, list[dict]]  # processed conds of the prompt branches
+    module: torch.nn.Module | None = None  # whose attention is pending
     pending: list[Site] = dataclasses.field(default_factory=list)
     met: Counter = dataclasses.field(default_factory=Counter)
 
@@ -63,27 +72,41 @@ class Pass:
 
 
 class Attention:
-    """The edits of one run. ``who``, ``acting`` and ``step`` are set by the run before each call of the model."""
+    """The edits of one run. ``who``, ``lengths``, ``acting`` and ``step`` are set by the run before each call of the
+    model."""
 
     def __init__(self) -> None:
         self.taps: dict[int, list[Tap]] = {}
         self.who: Mapping[Any, tuple[Any, ...]] = {}  # uuid of a cond -> its roles, the most telling first
+        self.lengths: Mapping[Any, int | None] = {}  # uuid of a cond -> its text tokens
         self.acting: Acting = ()
         self.step: Step | None = None
+        self.texts: Mapping[Any, list[dict]] = {}  # processed conds of every branch of the run
+        self.told = False
 
     def apply_model(self, executor: Callable, x: Tensor, t: Tensor, *args, **kwargs) -> Tensor:
         """APPLY_MODEL wrapper. The options are the fourth argument after x and t, or a keyword."""
         if not self.acting:
             return executor(x, t, *args, **kwargs)
         options = args[3] if len(args) > 3 else kwargs.get("transformer_options", {})
-        roles = [self.who.get(uuid, ()) for uuid in options.get("uuids", ())]
+        uuids = options.get("uuids", ())
+        roles = [self.who.get(uuid, ()) for uuid in uuids]
         acting = [(edit, on) for edit, on in self.acting if any(concerns(on, role) for role in roles)]
         if not acting:
             return executor(x, t, *args, **kwargs)
         model = executor.class_obj.diffusion_model
         if id(model) not in self.taps:
             self.taps[id(model)] = taps_of(model)
-        now = Pass(family(model).start(model, x), roles, acting, self.step)
+        samples = len(x) // len(roles)
+        if samples != len(self.step.x):
+            raise GuidanceError(
+                f"{acting[0][0].title}: another node on this MODEL hands the model {len(x)} rows where the sampler has "
+                f"{len(roles)} times {len(self.step.x)}, so Rudder cannot tell whose they are. Remove that node (a "
+                "model wrapper that splits or extends the batch)."
+            )
+        lengths = [self.lengths.get(uuid) for uuid in uuids]
+        now = Pass(family(model).start(model, x), roles, acting, self.step, tuple(x.shape[2:]), samples, lengths,
+                   self.texts)
         options = {**options, OVERRIDE: override(now, options.get(OVERRIDE))}
         if len(args) > 3:
             args = (*args[:3], options, *args[4:])
@@ -96,13 +119,23 @@ class Attention:
             for handle in handles:
                 handle.remove()
         for edit, _ in acting:
-            if not now.met[id(edit)]:
-                raise GuidanceError(
-                    f"{edit.title}: the attention of '{edit.blocks or 'all blocks'}' did not run through the host, so "
-                    "it could not act. Another node on this MODEL replaces it (an attention replacement, a skipped "
-                    "layer); remove that node or choose other blocks."
-                )
+            self.check_met(edit, now, [site for tap in self.taps[id(model)] for site in tap.sites])
         return out
+
+    def check_met(self, edit: AttentionEdit, now: Pass, sites: Sequence[Site]) -> None:
+        """An edit that met none of its sites is an error; some that it missed are told once a run."""
+        wanted = [site for site in sites if edit.acts_at(site)]
+        missed = [site.name for site in wanted if not now.met[id(edit), site.name, site.kind]]
+        if len(missed) == len(wanted):
+            raise GuidanceError(
+                f"{edit.title}: the attention of '{edit.blocks or 'all blocks'}' did not run through the host, so it "
+                "could not act. Another node on this MODEL replaces it (an attention replacement, a skipped layer); "
+                "remove that node or choose other blocks."
+            )
+        if missed and not self.told:
+            self.told = True
+            log.warning("Rudder: %s: another node on this MODEL replaces or skips %s, where it could not act.",
+                        edit.title, ", ".join(missed))
 
 
 def concerns(on: tuple[Any, ...], roles: tuple[Any, ...]) -> bool:
@@ -114,7 +147,7 @@ def tapped(tap: Tap, now: Pass) -> list:
     def before(_, args: tuple, kwargs: dict) -> None:
         if tap.read is not None:
             tap.read(now.layout, args, kwargs)
-        now.pending = list(tap.sites)
+        now.pending, now.module = list(tap.sites), tap.module
 
     def after(*_) -> None:
         now.pending = []
@@ -134,7 +167,7 @@ def override(now: Pass, previous: Callable | None) -> Callable:
     def attend(func: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, *args, **kwargs) -> Tensor:
         def kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
             more = (mask, *args[1:]) if args else args
-            named = kwargs if args or mask is None else {**kwargs, "mask": mask}
+            named = {**kwargs, "mask": mask} if not args and (mask is not None or "mask" in kwargs) else kwargs
             return (func if previous is None else functools.partial(previous, func))(q, k, v, heads, *more, **named)
 
         mask = args[0] if args else kwargs.get("mask")
@@ -159,7 +192,8 @@ class Kernel:
     output_apart: bool
 
     def split(self, tokens: Tensor) -> Tensor:
-        return tokens if self.heads_apart else tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        """From what the host hands over; without ``heads_apart`` the heads of SD3's v have an axis of their own."""
+        return tokens if self.heads_apart else tokens.flatten(2).unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def join(self, tokens: Tensor) -> Tensor:
         return tokens if self.heads_apart else tokens.transpose(1, 2).flatten(2)
@@ -176,37 +210,88 @@ def edited(
 ) -> Tensor:
     """The attention of one site. Chunks on which the same edits act go through them together, the others through the
     kernel."""
-    samples = len(q) // len(now.roles)
+    samples = now.samples
+    if not len(q) == len(k) == len(v) == samples * len(now.roles):
+        raise off_grid(acting[0][0], site)
     full = with_layout(site, now.layout, q, k, kernel)
     parts: dict[int, Tensor] = {}
-    for edits, chunks in grouped(now, acting):
+    for edits, chunks in grouped(now, acting, site):
         rows = [rows_of(t, chunks, samples, len(now.roles)) for t in (q, k, v)]
         part_mask, rope = (rows_of(t, chunks, samples, len(now.roles)) if batched(t, q) else t
                            for t in (mask, now.layout.rope))
         if not edits:
             out = kernel.call(*rows, part_mask)
         else:
-            call = Call(*map(kernel.split, rows), full, now.names(chunks), samples, now.step, part_mask, rope)
+            who = now.names(chunks), samples, now.step
+            to_text = to_other_text(now, kernel) if site.kind == "cross" else None
+            call = Call(*map(kernel.split, rows), full, *who, part_mask, rope, now.latent, to_text=to_text)
+            if mapped(edits) and site.kind == "cross":
+                call = shortened(call, now.lengths[chunks[0]])
             out = kernel.join_output(through(edits, call, kernel))
         parts.update(zip(chunks, out.split(samples)))
+    for edit, on in acting:
+        if overrides(edit, "across"):
+            chunks = [chunk for chunk, roles in enumerate(now.roles) if concerns(on, roles)]
+            outs = edit.across(full, now.names(chunks), [kernel.split_output(parts[chunk]) for chunk in chunks])
+            parts.update(zip(chunks, map(kernel.join_output, outs)))
     return parts[0] if len(parts) == 1 else torch.cat([parts[i] for i in range(len(parts))])
 
 
-def grouped(now: Pass, acting: Acting) -> list[tuple[list[AttentionEdit], list[int]]]:
-    """The chunks of the batch by the edits that act on them."""
-    groups: dict[tuple[int, ...], list[int]] = {}  # positions in acting -> chunks
+def to_other_text(now: Pass, kernel: Kernel) -> Callable[[Tensor, Any], Tensor]:
+    """``Call.to_text``: keys and values by the site's own projections."""
+
+    def attend(q: Tensor, branch: Any) -> Tensor:
+        entries = now.texts[branch]
+        if len(entries) != 1:
+            raise GuidanceError(
+                f"The {branch.name} conditioning has {len(entries)} entries (areas, or several prompts combined), and "
+                "only its text is read here. Give one plain prompt."
+            )
+        text = entries[0]["model_conds"]["c_crossattn"].process_cond(batch_size=now.samples, area=None).cond.to(q)
+        rows = [project(text).repeat(len(q) // now.samples, 1, 1) for project in (now.module.to_k, now.module.to_v)]
+        return kernel.split_output(kernel.call(kernel.join(q), *rows, None))
+
+    return attend
+
+
+def grouped(now: Pass, acting: Acting, site: Site) -> list[tuple[list[AttentionEdit], list[int]]]:
+    """The chunks of the batch by the edits that act on them; apart also by their text, where an edit sees its map."""
+    groups: dict[tuple[tuple[int, ...], int | None], list[int]] = {}  # positions in acting, length -> chunks
     for chunk, roles in enumerate(now.roles):
-        groups.setdefault(tuple(i for i, (_, on) in enumerate(acting) if concerns(on, roles)), []).append(chunk)
-    for i in {i for group in groups for i in group}:
-        now.met[id(acting[i][0])] += 1
-    return [([acting[i][0] for i in group], chunks) for group, chunks in groups.items()]
+        group = tuple(i for i, (_, on) in enumerate(acting) if concerns(on, roles))
+        apart = site.kind == "cross" and mapped([acting[i][0] for i in group])
+        groups.setdefault((group, now.lengths[chunk] if apart else None), []).append(chunk)
+    for i in {i for group, _ in groups for i in group}:
+        now.met[id(acting[i][0]), site.name, site.kind] += 1
+    return [([acting[i][0] for i in group], chunks) for (group, _), chunks in groups.items()]
+
+
+def mapped(edits: Sequence[AttentionEdit]) -> bool:
+    return any(overrides(edit, "map") for edit in edits)
+
+
+def shortened(call: Call, length: int | None) -> Call:
+    """A cross-attention without the copies of its text: the host repeats a text to the length of its neighbours in the
+    batch, which changes no result, but would spread a token's probability over several columns."""
+    if length is None or length >= call.k.shape[2]:
+        return call
+    mask = call.mask if call.mask is None or call.mask.shape[-1] == 1 else call.mask[..., :length]
+    site = dataclasses.replace(call.site, text=slice(0, length))
+    return dataclasses.replace(call, k=call.k[:, :, :length], v=call.v[:, :, :length], mask=mask, site=site)
+
+
+def off_grid(edit: AttentionEdit, site: Site) -> GuidanceError:
+    return GuidanceError(
+        f"{edit.title}: the image tokens of '{site.name}' are not on a grid: another node merges or tiles them (Token "
+        "Merging, HyperTile). Remove that node, or choose blocks that it leaves alone."
+    )
 
 
 def residual(now: Pass, site: Site, h: Tensor) -> Tensor:
     """What a residual block adds, after the edits of its site."""
     acting = [(edit, on) for edit, on in now.acting if edit.acts_at(site)]
-    samples, parts = len(h) // len(now.roles), {}
-    for edits, chunks in grouped(now, acting):
+    samples, parts = now.samples, {}
+    for edits, chunks in grouped(now, acting, site):
         rows = rows_of(h, chunks, samples, len(now.roles))
         for edit in edits:
             rows = edit.residual(Residual(rows, site, now.names(chunks), samples, now.step))
@@ -218,15 +303,18 @@ def through(edits: Sequence[AttentionEdit], call: Call, kernel: Kernel) -> Tenso
     """``[R, heads, tokens, D]`` after all stages of the contract."""
     for edit in edits:
         if edit.needs_grid and call.site.grid is None:
-            raise GuidanceError(
-                f"{edit.title}: the image tokens of '{call.site.name}' are not on a grid: another node merges or tiles "
-                "them (Token Merging, HyperTile). Remove that node, or choose blocks that it leaves alone."
-            )
+            raise off_grid(edit, call.site)
         call = edit.inputs(call)
     maps = [edit for edit in edits if overrides(edit, "map")]
 
     def attend(other: Call | None = None) -> Tensor:
         now = call if other is None else other
+        if maps and now.samples != call.samples:
+            raise GuidanceError(
+                f"{maps[0].title}: another edit of '{call.site.name}' sets the source apart from the edited pictures "
+                "(a union with the source, masks), and the two cannot act at one block. Choose other blocks or parts "
+                "of the run for one of them."
+            )
         if not maps:
             return kernel.split_output(kernel.call(*map(kernel.join, (now.q, now.k, now.v)), now.mask))
         probabilities = now.probabilities()
@@ -260,9 +348,11 @@ def rows_of(tensor: Tensor, chunks: list[int], samples: int, count: int) -> Tens
 def with_layout(site: Site, layout: Layout, q: Tensor, k: Tensor, kernel: Kernel) -> Site:
     """``site`` with the tokens of this pass."""
     queries, keys = (t.shape[2 if kernel.heads_apart else 1] for t in (q, k))
-    size = layout.grid and layout.grid[0] * layout.grid[1] * layout.grid[2]
-    first = layout.text if site.kind == "joint" else 0
-    grid = layout.grid if size and first + size <= queries and (site.kind == "joint" or size == queries) else None
+    size = math.prod(layout.grid) if layout.grid else 0
+    joint, first = site.kind == "joint", 0
+    if joint:
+        first, size = layout.text or 0, 0 if layout.text is None else size
+    grid = layout.grid if size and (first + size <= queries if joint else size == queries) else None
     image = slice(first, first + size if grid else queries)
     text = {"cross": slice(0, keys), "joint": slice(0, first)}.get(site.kind, slice(0))
     return dataclasses.replace(site, grid=grid, image=image, text=text)

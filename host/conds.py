@@ -161,6 +161,25 @@ def acts(conds: Conds, sigma: float) -> bool:
     return any(c.get("timestep_end", 0.0) <= sigma <= c.get("timestep_start", math.inf) for c in conds)
 
 
+def told_apart(conds: dict[str, Conds]) -> dict[str, Conds]:
+    """The same conds with uuids that belong to one of them: the host copies an area to the other conds together with
+    its uuid."""
+    taken: set[uuid.UUID] = set()
+
+    def own(entry: dict, name: str) -> dict:
+        mine = {**entry, "uuid": uuid.uuid5(entry["uuid"], name)} if entry["uuid"] in taken else entry
+        taken.add(mine["uuid"])
+        return mine
+
+    return {name: [own(entry, name) for entry in entries] for name, entries in conds.items()}
+
+
+def text_length(cond: dict) -> int | None:
+    """How many text tokens a processed cond shows the model."""
+    features = cond.get("model_conds", {}).get("c_crossattn")
+    return None if features is None else features.cond.shape[1]
+
+
 def apart(conds: Conds | None) -> Conds | None:
     """The same conds under other, stable uuids: cache packs (EasyCache) key on them, and must not take a look at
     another noise level for the next step."""

@@ -153,6 +153,7 @@ class Run:
         self.evaluations = self.calls = 0
         self.attention = Attention()
         self.cfg = float(guider.cfg)
+        self.sites = sites_of(guider.model_patcher.model.diffusion_model)
 
         branches = conds.convert_branches(asked_for(plan), {
             "cond": guider.conds["positive"], "uncond": guider.conds.get("negative") or [],
@@ -182,7 +183,8 @@ class Run:
             has_negative=guider.conds.get("negative") is not None,
             parametrisation=self.parametrisation,
             likeness=likeness,
-            sites=sites_of(network) if edits else (),
+            sites=self.sites,
+            features=[c["cross_attn"] for c in guider.conds["positive"] if c.get("cross_attn") is not None],
         )
         for edit in {id(edit): edit for edit in edits}.values():
             check_edit(edit, setup.sites, network)
@@ -223,6 +225,7 @@ class Run:
             percent_to_sigma=self.percent_to_sigma,
             states=states,
             record={} if self.recorders else None,
+            sites=self.sites,
         )
 
     def active(self, step: Step) -> Plan:
@@ -244,10 +247,10 @@ class Run:
         The host copies the area of every cond to all others, so that they are compared over the same crop. Our branches
         take part in that as takers only: their own areas are removed again from the rest.
         """
-        guider.conds = {
+        guider.conds = conds.told_apart({
             name: [entry for entry in entries if self.owners.get(entry["uuid"], name) == name]
             for name, entries in guider.conds.items()
-        }
+        })
         noise, latent_image, denoise_mask = args[3:6]
         what = {"latent_image": latent_image, "denoise_mask": denoise_mask, **self.inputs}
         for branch, key in self.keys.items():
@@ -288,6 +291,8 @@ class Run:
         step = self.step(x, timestep, self.states)
         plan = self.active(step)
         step.weight = self.weight(step, plan, float(guider.cfg))
+        for method in plan:
+            step.x = method.latent(step, step.x)
         before = self.evaluations
         plain_preds, roles = self.evaluate(guider, step, plan, options)
         step.plain = preds = plain_preds
@@ -315,20 +320,23 @@ class Run:
         roles = [guider.conds[self.keys[sources[r]]] if r in sources else entries for r, entries in zip(ROLES, own)]
         fill = [entries if sources.get(r) in self.partial else None for r, entries in zip(ROLES, own)]
         self.attention.step = step
+        self.attention.texts = {branch: guider.conds[key] for branch, key in self.keys.items()}
         self.attention.acting = [
             *edits_of(plan, step),
             *((edit, (branch,)) for branch in extra if isinstance(branch, Variant) for edit in branch.edits),
         ]
-        step.evaluate = functools.partial(self.look_elsewhere, guider, options, dict(zip(ROLES, zip(roles, fill))))
+        asked_elsewhere = dict(zip(ROLES, zip(roles, fill)))
+        step.evaluate = functools.partial(self.look_elsewhere, guider, options, asked_elsewhere, extra)
         unguided = math.isclose(step.weight, 1.0)
         needs_uncond = options.get("disable_cfg1_optimization", False) or any(method.needs_uncond for method in plan)
-        if unguided and not needs_uncond:
-            roles[1] = None
-        elif not unguided and roles[1] is None:
+        if not unguided and roles[1] is None:
             raise GuidanceError(
                 f"The guidance weight is {step.weight:g} but the guider has no negative conditioning. Use CFGGuider or "
                 "KSampler with a negative (an empty prompt will do), or keep the weight at 1."
             )
+        predicted = [method.predicts_uncond(step) for method in plan]
+        if (unguided or any(predicted)) and not needs_uncond:
+            roles[1] = None
         asked = {branch: as_played(branch, sources) for branch in extra}
         here = [branch for branch in extra if getattr(branch, "model", None) is None]
         more = {branch: guider.conds[self.keys[asked[branch]]] for branch in here}
@@ -366,6 +374,9 @@ class Run:
         self.attention.who = {entry["uuid"]: (role,) for role, entries in named for entry in entries} | {
             entry["uuid"]: lineage(branch) for branch, entries in extra.items() for entry in entries
         }
+        self.attention.lengths = {
+            entry["uuid"]: conds.text_length(entry) for entries in [*roles, *more] if entries for entry in entries
+        }
         foreign = options.get("sampler_calc_cond_batch_function")
         if foreign is None:
             out = samplers.calc_cond_batch(model, [*roles, *more], x, sigma, options)
@@ -384,16 +395,21 @@ class Run:
         return self.seconds[id(branch.model)].predict(entries, step.x, step.sigma)
 
     def look_elsewhere(
-        self, guider: samplers.CFGGuider, options: dict, entries: dict[str, tuple], x: Tensor, sigma: float, *roles: str
+        self, guider: samplers.CFGGuider, options: dict, entries: dict[str, tuple], extra: Sequence[Branch], x: Tensor,
+        sigma: float, *roles: str,
     ) -> list[Tensor]:
         """``Step.evaluate``. Other packs' pre-CFG functions are about the step itself, so they are not called."""
         asked, fill = zip(*(map(conds.apart, entries[role]) if role in roles else (None, None) for role in ROLES))
         if missing := [role for role, entry in zip(ROLES, asked) if role in roles and entry is None]:
             raise GuidanceError(f"{self.titles()}: the guider has no conditioning for '{missing[0]}'. Use KSampler or "
                                 "CFGGuider with a positive and a negative (an empty prompt will do).")
+        company = {  # branches that an edit of these roles needs beside them
+            branch: conds.apart(guider.conds[self.keys[branch]]) for _, on in self.attention.acting
+            if not {*roles}.isdisjoint(on) for branch in extra if branch in on
+        }
         sigmas = torch.full((len(x),), sigma, dtype=x.dtype, device=x.device)
         with conds.frozen_schedules([*asked, *fill], sigmas[0]):
-            out, _ = self.call_model(guider, options, x, sigmas, asked, fill)
+            out, _ = self.call_model(guider, options, x, sigmas, asked, fill, company)
         return [out[ROLES.index(role)] for role in roles]
 
     def combine(

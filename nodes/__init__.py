@@ -6,11 +6,26 @@ import logging
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import demo, guidance, guidance_feedback, guidance_models, guidance_more, samplers, trace
+from . import (
+    attention,
+    demo,
+    edit_batch,
+    guidance,
+    guidance_feedback,
+    guidance_models,
+    guidance_more,
+    inspect,
+    nag,
+    prompt_to_prompt,
+    reference,
+    samplers,
+    trace,
+)
 
 NODES: tuple[type[io.ComfyNode], ...] = (
     *guidance.NODES, *guidance_more.NODES, *guidance_feedback.NODES, *guidance_models.NODES, *samplers.NODES,
-    *trace.NODES, *demo.NODES,
+    *attention.NODES, *trace.NODES, *demo.NODES, *edit_batch.NODES, *prompt_to_prompt.NODES, *reference.NODES,
+    *inspect.NODES, *nag.NODES,
 )  # fmt: skip
 
 

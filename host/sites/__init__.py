@@ -22,10 +22,10 @@ from ...attention.sites import Site, numbered
 @dataclass
 class Layout:
     """The tokens of one forward pass: the grid (t, h, w) of the picture's, how many text tokens come before them, and
-    the rotary embedding of all."""
+    the rotary embedding of all. None: not known, or not there."""
 
     grid: tuple[int, int, int] | None = None
-    text: int = 0
+    text: int | None = None
     rope: torch.Tensor | None = None
 
 

@@ -32,6 +32,9 @@ def _patcher(config: comfy.supported_models.supported_models_base.BASE, factory)
         model = config.get_model({}, "", device=None)
         for parameter in model.parameters():
             parameter.data = torch.randn_like(parameter) * 0.05
+        for name, buffer in model.named_buffers():
+            if name.endswith("pos_embed"):  # SD3's: a checkpoint fills it, nothing else does
+                buffer.copy_(torch.randn_like(buffer) * 0.05)
         model.eval()
     management = comfy.model_management
     patcher = comfy.model_patcher.ModelPatcher(

@@ -21,13 +21,22 @@ from rudder.guidance.blend import FixedBlend
 from rudder.guidance.cfg import CFG
 from rudder.guidance.cfg_zero import CFGZero
 from rudder.guidance.contract import Guidance, Prompt
+from rudder.guidance.contrast import PerturbedAttention, SmoothedEnergy
 from rudder.guidance.dynamic import DynamicCFG
+from rudder.guidance.entropy import AttentionEntropy
+from rudder.guidance.features import PlugAndPlay
 from rudder.guidance.instruct import InstructGuidance
 from rudder.guidance.interval import LimitedInterval
 from rudder.guidance.linear_ag import LinearAG
+from rudder.guidance.local_blend import LocalBlend
+from rudder.guidance.mutual import MasaCtrl
+from rudder.guidance.nag import NAG
 from rudder.guidance.negative import ExtraNegative
 from rudder.guidance.perpneg import PerpNeg
+from rudder.guidance.prompt_to_prompt import PromptToPrompt
 from rudder.guidance.r2f import R2F
+from rudder.guidance.rival import RIVAL
+from rudder.guidance.sag import SelfAttentionGuidance
 from rudder.guidance.schedule import Schedule
 from rudder.guidance.scorers import Overshoot
 from rudder.guidance.tag import CTAG, TAG
@@ -91,6 +100,11 @@ METHODS = {
     "ANSWER": Entry(ANSWER(chain=3), ahead=2),
     "AutoGuidance": Entry(AutoGuidance(bad=None), (1, 1)),  # see fitted()
     "InstructPix2Pix": Entry(InstructGuidance(base=prompt(6, "base")), (1, 1)),
+    "PAG": Entry(PerturbedAttention(strength=1.0, blocks="middle, double"), (1, 1)),
+    "SEG": Entry(SmoothedEnergy(strength=1.0, blocks="middle, double"), (1, 1)),
+    "SAG": Entry(SelfAttentionGuidance(sigma=1.0), (1, 1)),
+    "entropy": Entry(AttentionEntropy(trained=(4, 4))),
+    "NAG": Entry(NAG(negative=prompt(8, "negative"))),  # and one on joint attention, see evaluations()
     "beta-CFG": Entry(BetaCFG()),
     "adaptive": Entry(AdaptiveGuidance(gamma=-1.0)),  # one guided step, see evaluations()
     "LinearAG": Entry(LinearAG()),  # every second guided step, see evaluations()
@@ -99,6 +113,8 @@ METHODS = {
     "C-TAG": Entry(CTAG()),
     "temporal TAG": Entry(TemporalTAG(predictor=Untrained(), strength=5.0)),
 }
+#: They need a batch of a source and its edits, so they are no part of the plain runs of generated tests.
+NEED_A_SOURCE = {LocalBlend, MasaCtrl, PlugAndPlay, PromptToPrompt, RIVAL}
 EXCLUSIVE = [  # everything else goes together, whatever the wiring
     {"AAPB", "blend"}, {"TCFG", "CFG-Zero*"}, {"Perp-Neg", "extra negative"}, {"schedule", "beta-CFG"},
     {"APG", "beta-CFG"}, {"TAG", "C-TAG"}, {"ANSWER", "TCFG"}, {"ANSWER", "CFG-Zero*"}, {"CFG", "dynamic"},
@@ -127,7 +143,8 @@ def evaluations(names: Iterable[str], kind: str, sigmas: Sequence[float]) -> lis
         evaluated = guided and not (linear and index - last < 2)
         evaluated |= any(entry.method.needs_uncond for entry in entries)
         last = index if evaluated else last
-        costs.append(1 + evaluated + sum(entry.extra[0 if guided else 1] for entry in entries))
+        costs.append(1 + evaluated + (kind != "unet") * any(isinstance(entry.method, NAG) for entry in entries))
+        costs[-1] += sum(entry.extra[0 if guided else 1] for entry in entries)
         costs[-1] += guided * sum(min(entry.ahead, len(sigmas) - 1 - index) for entry in entries)
         left |= guided and any(isinstance(entry.method, AdaptiveGuidance) for entry in entries)
     return costs

@@ -12,7 +12,7 @@ from hypothesis import given
 from rudder.guidance.adaptive import AdaptiveGuidance
 from rudder.guidance.cfg import cfg
 from rudder.guidance.contract import GuidanceError, Predictions
-from rudder.guidance.linear_ag import NEXT_TO_1, LinearAG
+from rudder.guidance.linear_ag import LinearAG
 from rudder.guidance.linear_fit import Coefficients, errors, fit, gram
 from rudder.guidance.space import cosine, residual
 
@@ -139,8 +139,7 @@ def linear(method: LinearAG, x: torch.Tensor, pairs: list, weight: float = 3.0, 
     for index, (cond, uncond) in enumerate(pairs):
         now = at(x, index, steps=len(pairs), states=states)
         now.weight = method.scale(now, weight)
-        evaluated.append(not math.isclose(now.weight, 1.0))
-        assert evaluated[-1] or now.weight == NEXT_TO_1 != 1.0  # left out by the host, a guided step for all others
+        evaluated.append(not method.predicts_uncond(now))
         results.append(run_step(now, Predictions(cond, uncond if evaluated[-1] else None), method, *others))
         assert now.weight == weight and now.record["predicted"] == (not evaluated[-1])
     return results, evaluated
@@ -230,6 +229,7 @@ def test_a_sampler_that_wants_the_negative_gets_the_real_one():
     for index in range(3):
         now = at(x, index, states=states)
         now.weight = method.scale(now, 3.0)
+        method.predicts_uncond(now)
         assert torch.equal(run_step(now, Predictions(cond, uncond), method), cfg(cond, uncond, 3.0))
         assert now.record["predicted"] == 0
 
@@ -252,7 +252,9 @@ def test_bad_input_of_linear_ag():
     with pytest.raises(GuidanceError, match="2 from 0.2 on"):
         LinearAG(coefficients=found, start=0.2)
     with pytest.raises(GuidanceError, match="fitted for 4 steps at other noise levels than this run's; 0.9 is not"):
-        LinearAG(coefficients=found).scale(at(x, 1, steps=10), 3.0)
+        now = at(x, 1, steps=10)
+        now.weight = 3.0
+        LinearAG(coefficients=found).predicts_uncond(now)
     with pytest.raises(GuidanceError, match=r"\(LinearAG\).*another node turns guidance off"):
         LinearAG(coefficients=found).check(setup(weights=[1.0, 3.0, 3.0, 3.0]))
     with pytest.raises(GuidanceError, match=r"\(LinearAG\).*above 1.*already take one evaluation"):

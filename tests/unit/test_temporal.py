@@ -73,7 +73,7 @@ def test_a_predictor_that_knows_nothing_pulls_nowhere():
 def one_step(method: TemporalTAG, x: torch.Tensor, x0, index: int = 3, **options) -> tuple[torch.Tensor, object]:
     """What the sampler gets for a model ``x0(x)``, by the hooks in the executor's order."""
     now = at(x, index, **options)
-    method.sources(now)
+    now.x = method.latent(now, now.x)
     return run_step(now, Predictions(x0(now.x), None), method), now
 
 
@@ -162,4 +162,5 @@ def test_bad_input():
         with pytest.raises(GuidanceError, match=f"{name} is -1; it must be 0"):
             TemporalTAG(predictor=random_predictor(), **{name: -1.0})
     with pytest.raises(GuidanceError, match="reads latents of 4 channels and this model's have 3"):
-        TemporalTAG(predictor=random_predictor()).sources(at(torch.randn(1, 3, 4, 4)))
+        now = at(torch.randn(1, 3, 4, 4))
+        TemporalTAG(predictor=random_predictor()).latent(now, now.x)

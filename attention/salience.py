@@ -1,0 +1,52 @@
+"""What a model finds salient: the attention that image tokens get. Read for SAG, see ``guidance/sag.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .contract import AttentionEdit, Call
+from .sites import Site
+
+
+def received(q: Tensor, k: Tensor) -> Tensor:
+    """Attention that each token gets from all, ``[R, tokens]``, 1 on average: the mean over heads; q and k are ``[R,
+    heads, tokens, D]``. One head at a time: the maps of a large picture are never held together."""
+    scores = (q[:, i].float() @ k[:, i].float().transpose(-1, -2) for i in range(q.shape[1]))
+    return sum((s * q.shape[-1] ** -0.5).softmax(-1).sum(-2) for s in scores) / q.shape[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Salience(AttentionEdit):
+    """Reads one map in the rows of "cond" and of "uncond" and changes nothing.
+
+    Appends ``[samples, t, h, w]`` to the role in the state of ``owner``, once for each prompt that plays it and sees
+    the whole latent, not an area. At a joint site the map is that of image tokens to image tokens: the softmax
+    over them alone is the joint one with each query's attention to the text left out (derived).
+    """
+
+    owner: Any
+
+    title = "the map of self-attention guidance"
+    kinds = frozenset({"self", "joint"})
+    needs_grid = True
+
+    def acts_at(self, site: Site) -> bool:
+        """``blocks`` "" is the middle of a UNet, and of a transformer the block half-way."""
+        if self.blocks:
+            return super().acts_at(site)
+        return site.name == "middle.0" if site.kind == "self" else site.kind == "joint" and (
+            site.index == site.count // 2)
+
+    def output(self, call: Call, attend: Callable[..., Tensor]) -> Tensor:
+        chunks = [i for i, role in enumerate(call.roles) if role in ("cond", "uncond")]
+        own = call.step.plain is None  # the step's own call, not what a method evaluates elsewhere
+        if chunks and own and call.latent == tuple(call.step.x.shape[2:]):
+            q, k = (call.by_sample(t[:, :, call.site.image])[chunks].flatten(0, 1) for t in (call.q, call.k))
+            seen = received(q, k).unflatten(0, (-1, call.samples)).unflatten(2, call.site.grid)
+            for chunk, salience in zip(chunks, seen):
+                call.step.state(self.owner).setdefault(call.roles[chunk], []).append(salience)
+        return attend()

@@ -1,0 +1,54 @@
+"""What methods that edit by words ask of the run: the batch and the positive that their prompts describe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..attention.edit_prompts import EditPrompts
+from .contract import GuidanceError, Setup, Step
+
+PURE_NOISE = 0.01  # percent of the timesteps before which a run starts from noise
+WAY_OUT = "Wire the positive, the LATENT and the prompts of one 'Source and Edits' (RudderEditBatch) to one sampler."
+
+
+def check_positive(title: str, edit: EditPrompts, setup: Setup) -> None:
+    """Refuse a positive that the prompts do not describe."""
+    if not setup.features or not all(any(_same(f, own) for own in edit.features) for f in setup.features):
+        raise GuidanceError(f"{title}: the sampler's positive is not that of the prompts: its words would be taken for "
+                            f"others. {WAY_OUT}")
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a is b or a.shape == b.shape and torch.equal(a.to(b), b)
+
+
+def check_rows(title: str, edit: EditPrompts, step: Step) -> None:
+    """Refuse another batch than that of the prompts. ``step.x`` is empty before the run starts."""
+    if step.x.numel() and len(step.x) != edit.rows:
+        raise GuidanceError(f"{title}: the latent batch holds {len(step.x)} pictures, and the prompts are a source and "
+                            f"{edit.rows - 1} edits of it, {edit.rows} rows. {WAY_OUT}")
+    at_start = step.x.numel() and step.index == 0 and step.percent_of(step.level) < PURE_NOISE
+    if at_start and not all(torch.equal(row, step.x[0]) for row in step.x[1:]):
+        raise GuidanceError(f"{title}: the rows of the batch start from different noise, so the edits would be other "
+                            f"pictures. {WAY_OUT} A noise node must heed the latent's batch index.")
+
+
+def check_sizes(title: str, limit: str, seen: Mapping[str, set[int]] | None, way_out: str = "") -> None:
+    """Refuse a limit on tokens that no site of the picture is below."""
+    if seen and "acted" not in seen:
+        raise GuidanceError(f"{title}: {limit} is too low for this picture, whose smallest attention has "
+                            f"{min(seen['skipped'])} tokens: raise it to that.{way_out}")
+
+
+def check_words(title: str, edit: EditPrompts, phrases: Sequence[str], rows: Iterable[int]) -> None:
+    """Refuse words that none of these prompts says."""
+    if phrases and not edit.layouts[0]:
+        raise GuidanceError(f"{title}: where the words of this text encoder are is not known, so none can be named. It "
+                            "is known for CLIP and T5.")
+    for phrase in phrases:
+        if not any(edit.positions(row, phrase) for row in rows):
+            raise GuidanceError(f"{title}: no prompt says '{phrase}'. They are: "
+                                f"{'; '.join(edit.texts[row] for row in rows)}.")

@@ -1,0 +1,56 @@
+"""Evaluate a model once through an ordinary run of the host, with edits that watch its attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.sample
+import comfy.samplers
+import torch
+
+from ..attention.contract import AttentionEdit
+from ..guidance.contract import Guidance, GuidanceError, Step
+from .patch import add_guidance
+from .run import KEY
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Watch(Guidance):
+    """Brings the watching edits to the positive."""
+
+    watching: tuple[AttentionEdit, ...]
+
+    title = "Inspect Attention"
+
+    def edits(self, step: Step) -> Sequence[tuple[AttentionEdit, tuple[str, ...]]]:
+        return [(edit, ("cond",)) for edit in self.watching]
+
+
+def look(
+    model: Any, positive: list, latent: dict, seed: int, percent: float, watching: Sequence[AttentionEdit]
+) -> None:
+    """One step of Euler without guidance, from the noise level at ``percent`` of the model's timesteps; the noisy
+    latent is ``latent`` with the noise of ``seed``. Other Rudder methods on ``model`` rest.
+
+    Raises:
+        GuidanceError: no part of ``positive`` acts there.
+    """
+    watched = model.clone()
+    watched.model_options.pop(KEY, None)
+    watched = add_guidance(watched, Watch(watching=tuple(watching)))
+    image = comfy.sample.fix_empty_latent_channels(model, latent["samples"], latent.get("downscale_ratio_spacial"))
+    noise = comfy.sample.prepare_noise(image, seed, latent.get("batch_index"))
+    sampling = model.get_model_object("model_sampling")
+    level = min(max(float(sampling.percent_to_sigma(percent)), float(sampling.sigma_min)), float(sampling.sigma_max))
+    if not any(c[1].get("start_percent", 0.0) <= percent <= c[1].get("end_percent", 1.0) for c in positive):
+        raise GuidanceError(f"Inspect Attention: no part of the positive acts at {percent:g} of the run. Choose a "
+                            "'percent' inside its timestep range.")
+    guider = comfy.samplers.CFGGuider(watched)
+    guider.inner_set_conds({"positive": positive})
+    guider.set_cfg(1.0)
+    guider.sample(
+        noise, image, comfy.samplers.sampler_object("euler"), torch.tensor([level, 0.0]), latent.get("noise_mask"),
+        disable_pbar=True, seed=seed,
+    )

@@ -1,0 +1,54 @@
+"""Plug-and-Play in the real host: its two parts, its names, its node. What the reference row methods share is in
+test_mutual.py."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from rudder.guidance.contract import GuidanceError
+from rudder.guidance.features import PlugAndPlay
+from rudder.host import plan_of
+from rudder.nodes.reference import RudderPlugAndPlay
+
+from .models import MODELS, tiny_unet
+from .test_mutual import edit
+from .test_nodes import call
+
+
+@pytest.fixture(scope="module")
+def unet():
+    return tiny_unet()
+
+
+def test_both_parts_act(unet):
+    outs = [edit(unet, "unet", PlugAndPlay(attention_until=a, feature_until=f)) for a, f in ((0, 1), (1, 0), (1, 1))]
+    assert all(torch.equal(out[0], outs[0][0]) for out in outs)
+    assert len({out[1].sum().item() for out in [edit(unet, "unet"), *outs]}) == 4
+
+
+def test_names_that_no_block_has_are_refused(unet):
+    with pytest.raises(GuidanceError, match="none of these blocks is called 'output.9': input"):
+        edit(unet, "unet", PlugAndPlay(feature="output.9"))
+    with pytest.raises(GuidanceError, match="none of these blocks is called 'double.1': input"):
+        edit(unet, "unet", PlugAndPlay(blocks="double.1"))
+    with pytest.raises(GuidanceError, match="'up_3' is not a block"):
+        edit(unet, "unet", PlugAndPlay(blocks="up_3"))
+
+
+def test_a_transformer_says_that_the_residual_rests(caplog):
+    flux = MODELS["flux"]()
+    with caplog.at_level(logging.WARNING, "rudder"):
+        edit(flux, "flux", PlugAndPlay())
+    assert "has no residual blocks" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "rudder"):
+        edit(flux, "flux", PlugAndPlay(feature_until=0))
+    assert "has no residual blocks" not in caplog.text
+
+
+def test_the_node(unet):
+    (model,) = call(RudderPlugAndPlay, model=unet, feature_block="output.1", blocks="middle")
+    assert plan_of(model.model_options) == (PlugAndPlay(feature="output.1", blocks="middle"),)

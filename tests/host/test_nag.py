@@ -1,0 +1,178 @@
+"""NAG in the real host: cross- and joint attention, its cost, split batches, other methods, the node."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rudder.attention.nag import nag
+from rudder.guidance.contract import Guidance, GuidanceError, Prompt
+from rudder.guidance.contrast import PerturbedAttention
+from rudder.guidance.nag import NAG
+from rudder.guidance.perpneg import PerpNeg
+from rudder.guidance.sag import SelfAttentionGuidance
+from rudder.host import add_guidance, plan_of
+from rudder.nodes.nag import RudderNAG
+
+from .models import MODELS, calls, conditioning, having, sample, tiny_sd3, tiny_unet
+from .registry import NEGATIVE, POSITIVE, prompt
+from .test_branches import one_forward_a_cond
+from .test_nodes import call
+
+AWAY = conditioning(8)
+FAMILIES = {**MODELS, "sd3": tiny_sd3}
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def network(family):
+    return FAMILIES[family]()
+
+
+def method(conditioning=AWAY, **options) -> NAG:
+    return NAG(negative=Prompt(conditioning, "negative"), **options)
+
+
+def run(network, family, *methods, split=False, **options):
+    for each in methods:
+        network = add_guidance(network, each)
+    network = one_forward_a_cond(network) if split else network  # last: a clone forgets it
+    return sample(network, family, POSITIVE, NEGATIVE, **options)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 4.0])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_run(network, family, cfg, batch):
+    plain = run(network, family, cfg=cfg, batch=batch)
+    counted, seen = calls(network)
+    out = run(counted, family, method(), cfg=cfg, batch=batch)
+    assert out.isfinite().all() and not torch.equal(out, plain)
+    count = (1 if cfg == 1.0 else 2) + (family != "unet")
+    assert seen["network"] == [batch * count] * 4, "no evaluation on a UNet, one on joint attention"
+    assert torch.equal(run(network, family, method(), cfg=cfg, batch=batch), out)
+    assert torch.equal(run(network, family, cfg=cfg, batch=batch), plain)
+
+
+@pytest.mark.parametrize("neutral", [{"strength": 1.0}, {"alpha": 0.0}], ids=str)
+def test_neutral_settings_are_bit_identical_and_free(network, family, neutral):
+    counted, seen = calls(network)
+    assert torch.equal(run(counted, family, method(**neutral)), run(network, family))
+    assert seen["network"] == [2] * 4
+
+
+def test_the_positive_as_negative_is_plain(network, family):
+    copy = [[POSITIVE[0][0] * (1 + 1e-6), dict(POSITIVE[0][1])]]
+    torch.testing.assert_close(run(network, family, method(copy)), run(network, family), rtol=1e-3, atol=1e-3)
+    with pytest.raises(GuidanceError, match="identical to the positive"):
+        run(network, family, method(conditioning(1)))
+
+
+def test_on_a_unet_it_is_the_rule_by_another_packs_way():
+    """The oracle replaces every cross-attention by ComfyUI's own patch point, at cfg 1."""
+    unet = tiny_unet()
+    text = AWAY[0][0]
+    oracle = unet.clone()
+    modules = dict(unet.model.diffusion_model.named_modules())
+
+    def replaced(q, k, v, extra):
+        from comfy.ldm.modules.attention import optimized_attention
+
+        block = extra["block"]
+        path = "middle_block.1" if block[0] == "middle" else f"{block[0]}_blocks.{block[1]}.1"
+        attn = modules[f"{path}.transformer_blocks.0.attn2"]
+        heads, rows = extra["n_heads"], text.expand(len(q), -1, -1)
+        a = optimized_attention(q, k, v, heads)
+        b = optimized_attention(q, attn.to_k(rows), attn.to_v(rows), heads)
+        a, b = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (a, b))
+        return nag(a, b, 5.0, 2.5, 0.25).transpose(1, 2).flatten(2)
+
+    for block in [("input", i) for i in range(9)] + [("middle", 0)] + [("output", i) for i in range(9)]:
+        oracle.set_model_attn2_replace(replaced, *block)
+    ours = run(unet, "unet", method(), cfg=1.0, batch=2)
+    torch.testing.assert_close(ours, run(oracle, "unet", cfg=1.0, batch=2), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(ours, run(unet, "unet", cfg=1.0, batch=2), atol=1e-3)
+
+
+def test_a_split_batch_is_the_same_on_a_unet_and_refused_on_joint_attention(network, family):
+    if family == "unet":
+        out = run(network, family, method(), split=True)
+        torch.testing.assert_close(out, run(network, family, method()), rtol=1e-4, atol=1e-3)
+        return
+    with pytest.raises(ValueError, match=r"different forward passes.*token count"):
+        run(network, family, method(), split=True)
+
+
+def test_a_negative_of_another_length():
+    """A UNet takes any; the host cannot put other lengths into one forward of a Flux, and that is said."""
+    longer = conditioning(8, tokens=11)
+    assert run(tiny_unet(), "unet", method(longer)).isfinite().all()
+    with pytest.raises(ValueError, match="different forward passes"):
+        run(MODELS["flux"](), "flux", method(longer))
+
+
+def test_only_plain_prompts():
+    two = [*AWAY, *conditioning(9)]
+    with pytest.raises(GuidanceError, match="negative conditioning has 2 entries"):
+        run(tiny_unet(), "unet", method(two))
+    wide = [[torch.cat([AWAY[0][0]] * 2, -1), AWAY[0][1]]]
+    with pytest.raises(GuidanceError, match="different text encoders"):
+        run(tiny_unet(), "unet", method(wide))
+    assert run(tiny_unet(), "unet", method(having(AWAY, strength=0.5))).isfinite().all()
+
+
+def test_a_window(network, family):
+    def latents(*methods):
+        seen = []
+        run(network, family, *methods, steps=6, callback=lambda step, x0, x, steps: seen.append(x.clone()))
+        return seen
+
+    same = [torch.equal(a, b) for a, b in zip(latents(), latents(method(start=0.5)))]
+    assert 2 <= sum(same) < 6 and same == sorted(same, reverse=True)
+
+
+def test_another_methods_prediction_of_the_same_prompt_stays_what_it_is(network, family):
+    """Perp-Neg and NAG may be given one CONDITIONING; on joint attention NAG's branch must not be Perp-Neg's."""
+    seen = []
+
+    class Look(Guidance):
+        title = "look"
+        rank = -2
+
+        def refine(self, step, preds):
+            seen.append(next(p for branch, p in preds.extra.items() if isinstance(branch, Prompt)))
+            return preds
+
+    negative = Prompt(AWAY, "negative")
+    for methods in ((), (NAG(negative=negative),)):
+        run(network, family, PerpNeg(negatives=(negative,)), Look(), *methods, steps=1)
+    torch.testing.assert_close(seen[1], seen[0], rtol=1e-4, atol=1e-4)
+
+
+def test_the_node(network):
+    (model,) = call(RudderNAG, model=network, negative=AWAY, end_percent=0.5)
+    (made,) = plan_of(model.model_options)
+    assert made == NAG(negative=made.negative, end=0.5) and made.negative.conditioning is AWAY
+    with pytest.raises(GuidanceError, match="both decide the negative inside attention"):
+        call(RudderNAG, model=model, negative=AWAY)
+
+
+def test_beside_other_methods(network, family):
+    first = run(network, family, PerpNeg(negatives=(prompt(5, "negative"),)), method())
+    assert torch.equal(run(network, family, method(), PerpNeg(negatives=(prompt(5, "negative"),))), first)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 4.0])
+def test_beside_a_method_that_looks_elsewhere_and_one_with_a_variant(network, family, cfg):
+    """SAG asks for the positive at another latent at cfg 1, and on joint attention NAG's negative must ride along."""
+    counted, seen = calls(network)
+    sag = SelfAttentionGuidance(sigma=1.0)
+    assert run(counted, family, method(), sag, cfg=cfg, steps=2).isfinite().all()
+    joint, guided = family != "unet", cfg > 1
+    assert seen["network"] == [1 + guided + joint, 1 + (joint and not guided)] * 2
+    pag = PerturbedAttention(strength=1.0, blocks="middle, double, joint.1")
+    first = run(network, family, pag, method(), cfg=cfg)
+    assert first.isfinite().all() and torch.equal(run(network, family, method(), pag, cfg=cfg), first)

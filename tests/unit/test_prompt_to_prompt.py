@@ -1,0 +1,227 @@
+"""Prompt-to-Prompt: the eight operations, the mappers, the local blend's mask, and what the method refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rudder.attention.edit_prompts import EditPrompts
+from rudder.attention.local_blend import blended, masks
+from rudder.attention.operations import MODES, Operation, edited_map, operation
+from rudder.attention.prompt_to_prompt import folded
+from rudder.guidance.contract import GuidanceError
+from rudder.guidance.local_blend import LocalBlend
+from rudder.guidance.prompt_to_prompt import PromptToPrompt
+
+from .tensors import step
+from .test_words import edit, prompts, tokens
+
+close = torch.testing.assert_close
+LENGTH = 12
+
+
+def maps(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).softmax(-1)
+
+
+SOURCE, TARGET = maps(5, LENGTH), maps(5, LENGTH, seed=1)
+
+
+def how(source: str, target: str, mode: str = "refine", alpha: float = 0.2, **options) -> Operation:
+    made = operation([tokens(source, **options)], [tokens(target, **options)], mode, alpha)
+    return Operation(made.mapper.double(), made.own.double(), made.weight.double(), made.edited)
+
+
+def new(source: str, target: str, mode: str = "refine", renorm: str = "none", weights=(), **options) -> torch.Tensor:
+    """The edited map for toy prompts of one token a word."""
+    made = how(source, target, mode, **options)
+    for token, weight in weights:
+        made = made.weighted([token], weight)
+    return edited_map(SOURCE, TARGET, made, renorm)
+
+
+def total(map: torch.Tensor) -> torch.Tensor:
+    return map.sum(-1)
+
+
+# ---------------------------------------------------------------- the eight operations, columns and row sums
+
+
+def test_replacement_as_in_the_paper_keeps_the_old_words_map():
+    close(new("a dog ran", "a cat ran", "replace"), SOURCE)
+
+
+def test_replacement_as_refine_takes_the_new_words_own():
+    out = new("a dog ran", "a cat ran")
+    close(out[:, 2], TARGET[:, 2])
+    close(total(out), 1 - SOURCE[:, 2] + TARGET[:, 2])
+    others = [i for i in range(LENGTH) if i != 2]
+    close(out[:, others], SOURCE[:, others])
+
+
+def test_insertion_drops_a_padding_column():
+    out = new("a dog ran", "a wet dog ran")
+    close(out[:, 2], TARGET[:, 2])
+    close(out[:, 3:], SOURCE[:, 2:-1])
+    close(total(out), 1 + TARGET[:, 2] - SOURCE[:, -1])
+
+
+def test_a_degree_word_leans_on_its_word():
+    eta, lam = 0.3, 0.5
+    out = new("a wet dog", "a very wet dog", "degree", weights=[(2, eta), (3, 1 + lam)])
+    close(out[:, 2], eta * SOURCE[:, 2])
+    close(out[:, 3], (1 + lam) * SOURCE[:, 2])
+    close(total(out), 1 + (lam + eta) * SOURCE[:, 2] - SOURCE[:, -1])
+
+
+def test_deletion_shifts_the_rest():
+    out = new("a wet dog ran", "a dog ran")
+    close(out[:, 2:-1], SOURCE[:, 3:])
+    close(total(out), 1 - SOURCE[:, 2])
+
+
+@pytest.mark.parametrize("weight", [2.0, 1.5, 0.5, 0.0, -1.0, -2.0])
+def test_strengthening_and_weakening(weight):
+    out = new("a wet dog", "a wet dog", weights=[(2, weight)])
+    close(out[:, 2], weight * SOURCE[:, 2])
+    close(total(out), 1 + (weight - 1) * SOURCE[:, 2])
+
+
+@given(st.permutations(list("abcdefg")))
+def test_reordering_undone_is_nothing(order):
+    words, other = "a b c d e f g", " ".join(order)
+    there, back = how(words, other, "reorder"), how(other, words, "reorder")
+    moved = edited_map(SOURCE, TARGET, there)
+    close(total(moved), torch.ones(5, dtype=torch.float64))
+    close(edited_map(moved, TARGET, back), SOURCE)
+    assert torch.equal(there.mapper @ back.mapper, torch.eye(LENGTH, dtype=torch.float64))
+
+
+def test_style_mixes_aligned_words_and_admits_new_ones_by_alpha():
+    out = new("a wet dog", "a wet dog now", "style", alpha=0.3)
+    close(out[:, :4], 0.7 * SOURCE[:, :4] + 0.3 * TARGET[:, :4])
+    close(out[:, 4], 0.3 * TARGET[:, 4])
+    close(total(new("a wet dog", "a wet dog", "style")), torch.ones(5, dtype=torch.float64))
+
+
+# ---------------------------------------------------------------- mappers and renormalisation
+
+
+@given(prompts, st.sampled_from(MODES))
+def test_equal_prompts_change_nothing(words, mode):
+    made = how(" ".join(words), " ".join(words), mode)
+    assert torch.equal(made.mapper, torch.eye(LENGTH, dtype=torch.float64))
+    assert mode == "style" or torch.equal(edited_map(SOURCE, TARGET, made), SOURCE)
+    trivial = operation([tokens(" ".join(words))], [tokens(" ".join(words))], mode).trivial
+    assert trivial == (mode != "style")
+
+
+@given(prompts, prompts)
+def test_a_carried_word_gives_all_it_has(source, target):
+    """Rows of the mapper sum to 1, or to 0 where a word or padding was dropped; the official mapper has rows of 2."""
+    source, target = " ".join(source), " ".join(target)
+    for mode in ("replace", "refine", "reorder"):
+        made = how(source, target, mode)
+        sums = made.mapper.sum(1)
+        assert bool(((sums - 1).abs() < 1e-6).logical_or(sums == 0).all())
+        assert torch.equal(made.own > 0, made.edited & (made.mapper.sum(0) == 0))
+
+
+def test_replaced_words_of_other_lengths_keep_the_sum():
+    """n tokens to m, spread as 1/m; what follows moves along, which the official mapper gets wrong."""
+    made = how("a dog ran", "a hippopotamus ran", "replace", pieces=3)
+    out = edited_map(SOURCE, TARGET, made)
+    close(out[:, 2:5], SOURCE[:, 2:3].expand(-1, 3) / 3, rtol=1e-6, atol=1e-7)
+    close(out[:, 5], SOURCE[:, 3])
+    close(total(out), 1 - SOURCE[:, -2:].sum(-1), rtol=1e-6, atol=1e-7)
+    back = edited_map(SOURCE, TARGET, how("a hippopotamus ran", "a dog ran", "replace", pieces=3))
+    close(back[:, 2], SOURCE[:, 2:5].sum(-1))
+
+
+@given(prompts, prompts, st.sampled_from(MODES), st.floats(-2, 2))
+def test_rows_are_renormalised(source, target, mode, weight):
+    out = new(" ".join(source), " ".join(target), mode, "row", weights=[(1, weight)])
+    plain = total(new(" ".join(source), " ".join(target), mode, weights=[(1, weight)]))
+    close(total(out), torch.where(plain > 0.1, 1.0, plain / 0.1))
+
+
+@given(prompts, prompts, st.sampled_from(MODES))
+def test_preserve_scales_nothing_but_what_was_edited(source, target, mode):
+    source, target = " ".join(source), " ".join(target)
+    made, plain = how(source, target, mode), new(source, target, mode)
+    out = edited_map(SOURCE, TARGET, made, "preserve")
+    close(out[:, ~made.edited], plain[:, ~made.edited])
+    if made.edited.any() and bool((plain[:, made.edited].sum(-1) > 0).all()):
+        close(total(out), torch.ones(5, dtype=torch.float64), rtol=1e-6, atol=1e-6)
+    else:
+        close(out, plain)
+
+
+def test_encoders_are_edited_apart():
+    source, target = tokens("a dog"), tokens("a cat")
+    both = operation([source, source], [target, target])
+    assert both.mapper.shape == (24, 24) and not both.mapper[:12, 12:].any() and not both.mapper[12:, :12].any()
+
+
+def test_repeated_tokens_are_one_token():
+    close(folded(torch.cat([SOURCE, SOURCE, SOURCE], -1) / 3, LENGTH), SOURCE)
+    with pytest.raises(ValueError, match="13 text tokens and the prompt has 12"):
+        folded(maps(2, 13), LENGTH)
+
+
+# ---------------------------------------------------------------- local blend
+
+
+def test_the_mask_is_where_either_picture_has_the_word():
+    grid = (1, 6, 8)
+    seen = torch.zeros(2, 2, *grid)
+    seen[0, :, :, 1, 1] = 5.0  # the source, both edits
+    seen[1, 1, :, 4, 6] = 0.01  # the second edit alone; each is measured by its own maximum
+    mask = masks({(1, 2, 2): torch.ones(2, 2, 4), grid: seen.flatten(2)}, 0.3, (6, 8))
+    assert mask.shape == (2, 1, 6, 8)
+    assert mask[0].sum() == 9 and mask[1].sum() == 18 and mask[1, 0, 4, 6] == 1 and mask[0, 0, 4, 6] == 0
+    x0 = torch.randn(3, 4, 6, 8, generator=torch.Generator().manual_seed(0))
+    out = blended(x0, mask)
+    assert torch.equal(out[0], x0[0])
+    assert torch.equal(out[1:], x0[:1] + mask * (x0[1:] - x0[:1])) or torch.allclose(
+        out[1:], x0[:1] + mask * (x0[1:] - x0[:1]))
+    video = masks({grid: seen.flatten(2)}, 0.3, (2, 12, 16))
+    assert video.shape == (2, 1, 2, 12, 16)
+
+
+# ---------------------------------------------------------------- what is refused
+
+DOG = edit("a dog ran", "a cat ran", "a wet dog ran")
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"cross_end": 1.5}, "cross_end is 1.5"), ({"self_end": -0.1}, "self_end"), ({"mode": "swap"}, "mode is 'swap'"),
+    ({"renorm": "l2"}, "renorm"), ({"words": (("cat", 3.0),)}, "weight of 'cat' is 3"),
+    ({"words": (("bird", 1.5),)}, "no prompt says 'bird'"), ({"ends": (("bird", 0.5),)}, "no prompt says 'bird'"),
+    ({"ends": (("cat", 2.0),)}, "the end of 'cat' is 2"),
+])
+def test_bad_settings_are_refused(options, message):
+    with pytest.raises(GuidanceError, match=message):
+        PromptToPrompt(edit=DOG, **options)
+
+
+def test_a_blend_needs_a_word():
+    assert LocalBlend(edit=DOG).columns == [([2], [2]), ([], [2])]
+    assert LocalBlend(edit=DOG, words=("dog",)).columns == [([2], []), ([2], [3])]
+    with pytest.raises(GuidanceError, match="no word to look for in edit 1, 'a dog'"):
+        LocalBlend(edit=edit("a dog", "a dog"))
+    with pytest.raises(GuidanceError, match="no prompt says 'bird'"):
+        LocalBlend(edit=DOG, words=("bird",))
+    with pytest.raises(GuidanceError, match="not known"):
+        LocalBlend(edit=EditPrompts(("a", "b"), ((), ())))
+
+
+def test_words_may_stop_at_times_of_their_own():
+    method = PromptToPrompt(edit=DOG, cross_end=0.8, ends=(("ran", 0.2),))
+    assert method.inside(step(0), 1).all()
+    late = method.inside(step(5), 1)
+    assert not late[3] and late.sum() == LENGTH - 1
+    assert not method.inside(step(9), 1).any()
