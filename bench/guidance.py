@@ -37,6 +37,7 @@ from rudder.guidance.linear_ag import LinearAG
 from rudder.guidance.nag import NAG
 from rudder.guidance.negative import ExtraNegative
 from rudder.guidance.perpneg import PerpNeg
+from rudder.guidance.sag import SelfAttentionGuidance
 from rudder.guidance.schedule import Schedule
 from rudder.guidance.scorers import Overshoot
 from rudder.guidance.space import Parametrisation
