@@ -32,6 +32,7 @@ COLUMNS = {
     "inspect_attention": (),  # a plot, with labels of its own
     "nag": ("cfg 1", "cfg 1 with NAG", "cfg 3", "cfg 3 with NAG"),
     "prompt_to_prompt": ("edited prompts alone", "Prompt-to-Prompt", "and local blend"),
+    "edit_chain": ("edited prompts alone", "Prompt-to-Prompt", "with AAPB and PAG"),
     "reference_row": ("edited prompts alone", "MasaCtrl", "Plug-and-Play", "RIVAL"),
 }
 LINES = {"guidance_methods": 2}  # strips too long for one line
