@@ -111,7 +111,7 @@ TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "in
 NETWORKS = {
     "unet": cost.TINY | {"in_channels": 16, "out_channels": 16},
     "flux": {"image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "vec_in_dim": 32,
-             "context_in_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2.0, "depth": 1,
+             "context_in_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2.0, "depth": 2,
              "depth_single_blocks": 1, "axes_dim": [4, 6, 6], "theta": 10000, "qkv_bias": True,
              "guidance_embed": False, "txt_ids_dims": []},
 }  # fmt: skip
