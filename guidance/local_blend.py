@@ -6,6 +6,7 @@ Hertz et al., ICLR 2023, arXiv 2208.01626, section 4, the official code: thresho
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,10 @@ from ..attention.local_blend import WordMaps, blended, masks
 from .contract import Guidance, GuidanceError, Setup, Step
 from .editing import check_positive, check_rows, check_sizes, check_words
 from .mutual import Edits, check_share
+
+log = logging.getLogger("rudder")
+
+WIDE = 0.95  # share of the picture above which a mask keeps nothing to speak of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -82,5 +87,10 @@ class LocalBlend(Guidance):
         if not state["maps"]:
             raise GuidanceError(f"{self.title}: no map of the words was read: the positive has areas. Remove them.")
         mask = masks(state["maps"], self.threshold, x0.shape[2:]).to(x0.device)
-        step.log(changed_area=mask.flatten(1).mean(1))
+        share = mask.flatten(1).mean(1)
+        step.log(changed_area=share)
+        if step.index == step.steps - 1 and bool((share > WIDE).any()):
+            log.warning("Rudder: %s: nearly the whole picture may change (%s of it), so the source is hardly kept. "
+                        "Raise the threshold, or name words with a place of their own.", self.title,
+                        ", ".join(f"{value:.0%}" for value in share.tolist()))
         return blended(x0, mask)

@@ -54,7 +54,7 @@ class PromptToPrompt(Guidance):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_share(self.title, cross_end=self.cross_end, self_end=self.self_end, style_alpha=self.alpha,
-                    **{f"the end of '{word}'": end for word, end in self.ends})
+                    **{f"word_ends, '{word}'": end for word, end in self.ends})
         for name, value, known in (("mode", self.mode, MODES), ("renorm", self.renorm, RENORM)):
             if value not in known:
                 raise GuidanceError(f"{self.title}: {name} is '{value}'; it must be one of {', '.join(known)}.")

@@ -29,23 +29,23 @@ OVERRIDE = "optimized_attention_override"
 Acting = Sequence[tuple[AttentionEdit, tuple[Any, ...]]]  # an edit and the roles it acts on; () is everyone
 
 
-def check_edit(edit: AttentionEdit, sites: Sequence[Site], model: torch.nn.Module) -> None:
-    """Refuse an edit that would meet no site of the model."""
+def check_edit(title: str, edit: AttentionEdit, sites: Sequence[Site], model: torch.nn.Module) -> None:
+    """Refuse an edit that would meet no site of the model. ``title``: of the method that brings it."""
     if not sites:
         raise GuidanceError(
-            f"{edit.title}: the attention of '{type(model).__name__}' is not known to Rudder. It works on SD1.5, SD2 "
+            f"{title}: the attention of '{type(model).__name__}' is not known to Rudder. It works on SD1.5, SD2 "
             "and SDXL UNets, Flux, Chroma and SD3. Remove the node for this model."
         )
     try:
         found = any(edit.acts_at(site) for site in sites)
     except ValueError as error:
-        raise GuidanceError(f"{edit.title}: {error}") from None
+        raise GuidanceError(f"{title}: {error}") from None
     if not found:
         names = dict.fromkeys(site.name for site in sites if site.kind in edit.kinds)
         kinds = " and ".join(sorted(edit.kinds))
         raise GuidanceError(
-            f"{edit.title}: no {kinds} attention of this model is called '{edit.blocks}'. It has: {', '.join(names)}."
-            if names else f"{edit.title}: this model has no {kinds} attention. Its kinds are: "
+            f"{title}: no {kinds} attention of this model is called '{edit.blocks}'. It has: {', '.join(names)}."
+            if names else f"{title}: this model has no {kinds} attention. Its kinds are: "
             f"{', '.join(sorted({site.kind for site in sites}))}."
         )
 

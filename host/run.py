@@ -173,8 +173,10 @@ class Run:
         """Let every method say whether it can act in this run, before anything is loaded or evaluated."""
         steps = [self.step(torch.empty(0), sigma.reshape(1), {}) for sigma in self.sigmas[:-1]]
         weights = [self.weight(step, self.active(step), self.cfg) for step in steps]
-        edits = [edit for step in steps for edit, _ in edits_of(self.active(step), step)]
-        edits += [edit for branch in self.keys if isinstance(branch, Variant) for edit in branch.edits]
+        edits = {id(edit): (method.title, edit) for step in steps for method in self.active(step)
+                 for edit, _ in method.edits(step)}
+        edits |= {id(edit): (method.title, edit) for method in self.plan for branch in method.prompts()
+                  if isinstance(branch, Variant) for edit in branch.edits}
         self.has_edits = bool(edits)
         network = guider.model_patcher.model.diffusion_model
         setup = Setup(
@@ -186,8 +188,8 @@ class Run:
             sites=self.sites,
             features=[c["cross_attn"] for c in guider.conds["positive"] if c.get("cross_attn") is not None],
         )
-        for edit in {id(edit): edit for edit in edits}.values():
-            check_edit(edit, setup.sites, network)
+        for title, edit in edits.values():
+            check_edit(title, edit, setup.sites, network)
         for method in self.plan:
             if not any(step.within(method.start, method.end) for step in steps):
                 raise GuidanceError(

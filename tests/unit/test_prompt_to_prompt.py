@@ -201,7 +201,7 @@ DOG = edit("a dog ran", "a cat ran", "a wet dog ran")
     ({"cross_end": 1.5}, "cross_end is 1.5"), ({"self_end": -0.1}, "self_end"), ({"mode": "swap"}, "mode is 'swap'"),
     ({"renorm": "l2"}, "renorm"), ({"words": (("cat", 3.0),)}, "weight of 'cat' is 3"),
     ({"words": (("bird", 1.5),)}, "no prompt says 'bird'"), ({"ends": (("bird", 0.5),)}, "no prompt says 'bird'"),
-    ({"ends": (("cat", 2.0),)}, "the end of 'cat' is 2"),
+    ({"ends": (("cat", 2.0),)}, "word_ends, 'cat' is 2"),
 ])
 def test_bad_settings_are_refused(options, message):
     with pytest.raises(GuidanceError, match=message):
