@@ -18,7 +18,7 @@ from comfy.cli_args import args  # noqa: E402
 args.cpu = True
 args.disable_api_nodes = True
 
-from .models import MODELS  # noqa: E402
+from .models import FAMILIES, MODELS  # noqa: E402
 
 torch.set_num_threads(1)  # the models are tiny: threads that wait for one another cost more than they give
 
@@ -40,3 +40,14 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def model(kind: str):
     return MODELS[kind]()
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def family(request: pytest.FixtureRequest) -> str:
+    """As `kind`, and SD3."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def network(family: str):
+    return FAMILIES[family]()

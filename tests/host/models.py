@@ -105,6 +105,7 @@ def tiny_wan(disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
 
 
 MODELS = {"unet": tiny_unet, "flux": tiny_flux}  # the two that most tests run on
+FAMILIES = {**MODELS, "sd3": tiny_sd3}  # for what differs between kinds of attention
 CHANNELS = {"unet": 4, "flux": 16, "sd3": 16}
 
 

@@ -23,24 +23,13 @@ from rudder.guidance.r2f import R2F
 from rudder.host import add_guidance
 from rudder.host.sites import sites_of
 
-from .models import CHANNELS, MODELS, calls, conditioning, evaluate, having, lora, sample, tiny_sd3
+from .models import CHANNELS, MODELS, calls, conditioning, evaluate, having, lora, sample
 from .registry import NEGATIVE, POSITIVE, prompt
 from .test_branches import one_forward_a_cond
 from .test_conditioning import Control
 from .test_methods import by_guider, by_ksampler
 
-FAMILIES = {**MODELS, "sd3": tiny_sd3}
 SITES = {"unet": 14, "flux": 2, "sd3": 2}
-
-
-@pytest.fixture(scope="module", params=list(FAMILIES))
-def family(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def network(family):
-    return FAMILIES[family]()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

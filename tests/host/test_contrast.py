@@ -21,9 +21,8 @@ from rudder.guidance.trace import QUANTITIES, Recorder, Trace
 from rudder.host import add_guidance, plan_of, trained_cells
 from rudder.nodes.attention import RudderAttentionEntropy, RudderPAG, RudderSAG, RudderSEG
 
-from .models import CHANNELS, calls, conditioning, having, sample, tiny_wan
+from .models import CHANNELS, FAMILIES, calls, conditioning, having, sample, tiny_wan
 from .registry import NEGATIVE, POSITIVE
-from .test_attention import FAMILIES
 from .test_branches import one_forward_a_cond
 from .test_methods import call
 
@@ -32,11 +31,6 @@ BLOCKS = "middle, joint.1, double.0"
 CALL = {"unet": 4, "flux": 0, "sd3": 1}  # which attention call of a forward BLOCKS means
 READ = {"unet": 4, "flux": 1, "sd3": 1}  # and which SAG reads: the middle, the block half-way
 GRID = (4, 6)  # of the tokens there, for all three, from latents of 8x12
-
-
-@pytest.fixture(scope="module", params=list(FAMILIES))
-def family(request):
-    return request.param
 
 
 LOUD = {  # attention of small random weights is even, and says next to nothing

@@ -18,22 +18,11 @@ from rudder.host.sites import sites_of
 from rudder.nodes.heatmap import heat, heat_maps, table_picture
 from rudder.nodes.inspect import RudderInspectAttention
 
-from .models import CHANNELS, MODELS, calls, having, sample, tiny_sd3
+from .models import CHANNELS, calls, having, sample
 from .registry import NEGATIVE, POSITIVE
 from .test_nodes import call
 
-FAMILIES = {**MODELS, "sd3": tiny_sd3}
 FIRST = {"unet": "input.1", "flux": "double.0", "sd3": "joint.0"}
-
-
-@pytest.fixture(scope="module", params=list(FAMILIES))
-def family(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def network(family):
-    return FAMILIES[family]()
 
 
 def inspected(model, family, size=(6, 10), batch=1, **inputs) -> tuple[torch.Tensor, str]:

@@ -13,24 +13,13 @@ from rudder.guidance.rival import RIVAL
 from rudder.host import add_guidance, plan_of
 from rudder.nodes.reference import RudderMasaCtrl
 
-from .models import CHANNELS, MODELS, calls, conditioning, sample, tiny_sd3
+from .models import CHANNELS, MODELS, calls, conditioning, sample
 from .registry import NEGATIVE
 from .test_branches import one_forward_a_cond
 from .test_nodes import call
 
-FAMILIES = {**MODELS, "sd3": tiny_sd3}
 ONES = torch.ones(1, 8, 8)
 HALF = torch.cat([ONES[:, :, :4], 0 * ONES[:, :, :4]], 2)
-
-
-@pytest.fixture(scope="module", params=list(FAMILIES))
-def family(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def network(family):
-    return FAMILIES[family]()
 
 
 def rows(*seeds: int) -> list:

@@ -14,23 +14,12 @@ from rudder.guidance.sag import SelfAttentionGuidance
 from rudder.host import add_guidance, plan_of
 from rudder.nodes.nag import RudderNAG
 
-from .models import MODELS, calls, conditioning, having, sample, tiny_sd3, tiny_unet
+from .models import MODELS, calls, conditioning, having, sample, tiny_unet
 from .registry import NEGATIVE, POSITIVE, prompt
 from .test_branches import one_forward_a_cond
 from .test_nodes import call
 
 AWAY = conditioning(8)
-FAMILIES = {**MODELS, "sd3": tiny_sd3}
-
-
-@pytest.fixture(scope="module", params=list(FAMILIES))
-def family(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def network(family):
-    return FAMILIES[family]()
 
 
 def method(conditioning=AWAY, **options) -> NAG:

@@ -18,26 +18,15 @@ from rudder.guidance.r2f import R2F
 from rudder.host import add_guidance
 from rudder.nodes.prompt_to_prompt import RudderLocalBlend, RudderPromptToPrompt
 
-from .models import MODELS, conditioning, latent, sample, tiny_sd3
+from .models import MODELS, conditioning, latent, sample
 from .registry import NEGATIVE, POSITIVE, prompt
 from .test_attention import Editing
 from .test_branches import one_forward_a_cond
 from .test_nodes import call
 
-FAMILIES = {**MODELS, "sd3": tiny_sd3}
 SOURCE, CAT, WET, SAME = "a dog runs", "a cat runs", "a wet dog runs", "a dog runs"
 SEEDS = {SOURCE: 1, CAT: 5, WET: 6}
 TOKENS = 7
-
-
-@pytest.fixture(scope="module", params=list(FAMILIES))
-def family(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def network(family):
-    return FAMILIES[family]()
 
 
 def batch(*texts: str) -> tuple[list, EditPrompts]:
