@@ -25,9 +25,27 @@ from torch import Tensor
 
 from .sites import ALL, Site, selected
 
+TINY = 1e-12  # the least that a sum is divided by
+
+
+def scores(q: Tensor, k: Tensor) -> Tensor:
+    """q k^T / sqrt(D), ``[..., queries, keys]``, float32, from ``[..., tokens, D]``: attention before its softmax."""
+    return q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5
+
+
+class Rows:
+    """Rows that an edit acts on: R = len(roles) * samples."""
+
+    roles: Sequence[Any]
+    samples: int
+
+    def by_sample(self, tensor: Tensor) -> Tensor:
+        """``tensor`` ``[R, ...]`` as ``[chunks, samples, ...]``, a view."""
+        return tensor.unflatten(0, (len(self.roles), self.samples))
+
 
 @dataclass(frozen=True)
-class Call:
+class Call(Rows):
     """One attention call, for the rows that an edit acts on.
 
     Attributes:
@@ -58,10 +76,6 @@ class Call:
     def replace(self, **changes: Tensor) -> Call:
         return replace(self, **changes)
 
-    def by_sample(self, tensor: Tensor) -> Tensor:
-        """``tensor`` ``[R, ...]`` as ``[chunks, samples, ...]``, a view."""
-        return tensor.unflatten(0, (len(self.roles), self.samples))
-
     def only(self, which: slice) -> Call:
         """The call for these samples of each chunk alone. Edits that compare samples cannot act on it."""
         def rows(tensor: Tensor | None) -> Tensor | None:
@@ -73,11 +87,11 @@ class Call:
 
     def probabilities(self) -> Tensor:
         """softmax(q k^T / sqrt(D)), ``[R, heads, tokens, tokens]``, float32."""
-        scores = self.q.float() @ self.k.float().transpose(-1, -2) * self.q.shape[-1] ** -0.5
+        logits = scores(self.q, self.k)
         if self.mask is not None:
             mask = self.mask.unsqueeze(1) if self.mask.ndim == 3 else self.mask  # [R, tokens, tokens]: for every head
-            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        return scores.softmax(-1)
+            logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+        return logits.softmax(-1)
 
     def unrotated(self, tokens: Tensor, where: slice = ALL) -> Tensor:
         """The tokens ``where`` of q or k as they were before the rotary embedding; ``tokens`` holds just those."""
@@ -88,7 +102,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Residual:
+class Residual(Rows):
     """What a residual block adds to its input, for the rows that an edit acts on: ``h`` ``[R, C, H, W]``. The other
     attributes are those of :class:`Call`."""
 
@@ -97,9 +111,6 @@ class Residual:
     roles: Sequence[Any]
     samples: int
     step: Any
-
-    def by_sample(self, tensor: Tensor) -> Tensor:
-        return tensor.unflatten(0, (len(self.roles), self.samples))
 
 
 def rotate(tokens: Tensor, rope: Tensor) -> Tensor:

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .contract import AttentionEdit, Call
-from .operations import TINY
+from .contract import TINY, AttentionEdit, Call, scores
 from .prompt_to_prompt import folded
 
 Grid = tuple[int, int, int]
@@ -59,9 +58,9 @@ class WordMaps(AttentionEdit):
     def read(self, call: Call, chunk: int, row: int) -> Tensor:
         """What image tokens pay to each word's tokens, ``[t * h * w, tokens]``, the mean over heads; at joint sites one
         head at a time, so that no map of all is held."""
-        q, k = (call.by_sample(tensor)[chunk, row].float() for tensor in (call.q[:, :, call.site.image], call.k))
+        q, k = (call.by_sample(tensor)[chunk, row] for tensor in (call.q[:, :, call.site.image], call.k))
         heads = zip(q.split(1), k.split(1)) if call.site.kind == "joint" else [(q, k)]
-        maps = ((a @ b.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)[..., call.site.text] for a, b in heads)
+        maps = (scores(a, b).softmax(-1)[..., call.site.text] for a, b in heads)
         return folded(sum(part.sum(0) for part in maps) / len(q), self.lengths[row])
 
 

@@ -20,10 +20,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .contract import AttentionEdit, Call
+from .contract import TINY, AttentionEdit, Call
 from .sites import Site
-
-TINY = 1e-12
 
 
 def nag(positive: Tensor, negative: Tensor, scale: float, tau: float, alpha: float) -> Tensor:

@@ -25,12 +25,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .contract import TINY
 from .words import Tokens, align, matched, runs
 
 MODES = ("replace", "refine", "degree", "reorder", "style")
 RENORM = ("none", "row", "preserve")
 LEAST = 0.1  # a row's sum counts as this at least, so that large negative weights do not turn it round
-TINY = 1e-12
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,15 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from .contract import AttentionEdit, Call
+from .contract import AttentionEdit, Call, scores
 from .sites import Site
 
 
 def received(q: Tensor, k: Tensor) -> Tensor:
     """Attention that each token gets from all, ``[R, tokens]``, 1 on average: the mean over heads; q and k are ``[R,
     heads, tokens, D]``. One head at a time: the maps of a large picture are never held together."""
-    scores = (q[:, i].float() @ k[:, i].float().transpose(-1, -2) for i in range(q.shape[1]))
-    return sum((s * q.shape[-1] ** -0.5).softmax(-1).sum(-2) for s in scores) / q.shape[1]
+    return sum(scores(q[:, i], k[:, i]).softmax(-1).sum(-2) for i in range(q.shape[1])) / q.shape[1]
 
 
 @dataclass(frozen=True, kw_only=True)

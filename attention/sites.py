@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -45,6 +46,7 @@ def numbered(sites: Iterable[Site]) -> list[Site]:
     return [Site(s.name, s.kind, kinds[:i].count(s.kind), kinds.count(s.kind)) for i, s in enumerate(sites)]
 
 
+@functools.lru_cache(4096)  # asked for every site and edit at every forward pass
 def selected(blocks: str, name: str) -> bool:
     """Whether a list such as "middle, output.3-5, double.0, single" names the site; "" and "all" name all.
 

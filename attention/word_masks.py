@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .contract import AttentionEdit, Call
+from .contract import TINY, AttentionEdit, Call, scores
 from .foreground import Masks
 from .mutual import EDITED, SOURCE
 from .sites import Site
@@ -50,10 +50,10 @@ class WordMasks(AttentionEdit):
     def output(self, call: Call, attend: Callable[..., Tensor]) -> Tensor:
         if "cond" in call.roles:
             chunk, state = call.roles.index("cond"), self.settled(call.step)
-            q, k = (call.by_sample(tokens)[chunk].float() for tokens in (call.q, call.k))
+            q, k = (call.by_sample(tokens)[chunk] for tokens in (call.q, call.k))
             if (last := max(self.source + self.edits)) >= k.shape[2]:
                 raise ValueError(f"There is no token {last}: the prompts have tokens 0 to {k.shape[2] - 1}.")
-            maps = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1).mean(1)  # [samples, tokens, text]
+            maps = scores(q, k).softmax(-1).mean(1)  # [samples, tokens, text]
             heat = torch.stack([maps[i][:, list(self.edits if i else self.source)].sum(-1) for i in range(len(maps))])
             heat = heat.unflatten(1, call.site.grid).mean(1)[:, None]
             size = state.setdefault("size", heat.shape[-2:])
@@ -72,5 +72,5 @@ class WordMasks(AttentionEdit):
         if not torch.is_tensor(past):
             return None
         low, high = past.amin((1, 2), keepdim=True), past.amax((1, 2), keepdim=True)
-        mask = ((past - low) / (high - low).clamp_min(1e-12) >= THRESHOLD).float()
+        mask = ((past - low) / (high - low).clamp_min(TINY) >= THRESHOLD).float()
         return Masks(mask[SOURCE], mask[EDITED])

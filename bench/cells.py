@@ -179,15 +179,16 @@ class Store:
             Image.fromarray(np.concatenate(list(made.images), axis=1)).save(half, "png", pnginfo=text)
         return time.perf_counter() - begun
 
+    def batch(self, job: Job) -> tuple[np.ndarray, dict]:
+        """Its pictures uint8 ``[n, 64, 64, 3]``, and what the file says about them."""
+        with Image.open(self.file(job)) as strip:
+            pixels = np.asarray(strip.convert("RGB"))
+            return np.stack(np.split(pixels, job.last - job.first, axis=1)), json.loads(strip.text["rudder"])
+
     def read(self, cell: Cell) -> tuple[np.ndarray, list[dict]]:
         """The cell's pictures uint8 ``[n, 64, 64, 3]`` and what each of its batches says about itself."""
-        images, about = [], []
-        for job in jobs(cell, None):
-            with Image.open(self.file(job)) as strip:
-                pixels = np.asarray(strip.convert("RGB"))
-                about.append(json.loads(strip.text["rudder"]))
-            images += np.split(pixels, job.last - job.first, axis=1)
-        return np.stack(images), about
+        images, about = zip(*map(self.batch, jobs(cell, None)))
+        return np.concatenate(images), list(about)
 
     def scores(self, cell: Cell, judge: Callable, tag: str) -> Scores:
         """The cell as ``judge`` reads it; remembered under the ``tag`` of that judge."""

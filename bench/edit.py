@@ -11,16 +11,14 @@ to keep. Every method runs at its paper's defaults; the first row is the edited 
 from __future__ import annotations
 
 import hashlib
-import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 
 from rudder.attention.edit_prompts import EditPrompts
 from rudder.guidance.aapb import AAPB
@@ -148,22 +146,15 @@ def code_of(made: Sequence[Guidance]) -> str:
 
 def families(store: Store, key: str, n: int) -> list[tuple[Family, Methods | None]]:
     """The first n families of a row, with what is wired for each."""
-    def methods(family: Family) -> Methods:
+    def methods(family: Family, anchor: Prompt | None = None) -> tuple[Guidance, ...]:
         _, prompts = encoded(store.painter.clip, family.texts)
         source = Prompt(store.painter.conditioning([family.source.text] * len(family.texts)), "source")
-        return lambda _: ROWS[key].make(Given(prompts, source, store.painter.parametrisation))
+        return ROWS[key].make(Given(prompts, source, store.painter.parametrisation))
 
     plain = [Family(number, key, store.settings.cfg, "") for number in range(n)]
-    made = methods(plain[0])(None)
+    made = methods(plain[0])
     mark = code_of(made) if made else ""
-    return [(replace(family, code=mark), methods(family)) for family in plain]
-
-
-def read(store: Store, family: Family) -> tuple[Tensor, dict]:
-    """Pictures ``[1 + edits, 3, 64, 64]`` in 0..1, and what the file says about them."""
-    with Image.open(store.file(family.job())) as strip:
-        pixels = np.stack(np.split(np.asarray(strip.convert("RGB")), len(family.texts), axis=1))
-        return torch.from_numpy(pixels).movedim(3, 1).float() / 255, json.loads(strip.text["rudder"])
+    return [(replace(family, code=mark), partial(methods, family)) for family in plain]
 
 
 # ---------------------------------------------------------------- what became of it
@@ -185,7 +176,8 @@ class Made:
 
 def judged(store: Store, family: Family, judge: Any) -> Iterator[Made]:
     """What became of the edits; nothing where the source itself is wrong."""
-    pictures, about = read(store, family)
+    strip, about = store.batch(family.job())
+    pictures = torch.from_numpy(strip).movedim(3, 1).float() / 255
     source = family.source
     truths = [source.truth, *(edit.truth for edit in source.edits)]
     parts = judge(pictures).score(truths)

@@ -14,14 +14,13 @@ Together with CFG at weight w_c it is added on top (derived; the two pushes are 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from .contract import Branch, Guidance, GuidanceError, Predictions, Step, Variant
+from .contract import Branch, Guidance, Predictions, Step, Variant, check_finite
 from .space import cosine, norm
 
 
@@ -39,8 +38,7 @@ class AutoGuidance(Guidance):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not math.isfinite(self.weight):
-            raise GuidanceError(f"{self.title}: weight is {self.weight}; give a finite number, 1 for none. Paper: 2.1.")
+        check_finite(self.title, "weight", self.weight, "1 for none. Paper: 2.1")
 
     @property
     def branch(self) -> Variant:

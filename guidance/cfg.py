@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from .contract import Guidance, GuidanceError, Setup, Step
+from .contract import Guidance, GuidanceError, Setup, Step, check_finite
 
 
 def cfg(cond: Tensor, uncond: Tensor, weight: float) -> Tensor:
@@ -45,8 +44,7 @@ class CFG(Guidance):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not math.isfinite(self.weight):
-            raise GuidanceError(f"{self.title}: weight is {self.weight}; give a finite number, 1 for no guidance.")
+        check_finite(self.title, "weight", self.weight, "1 for no guidance")
 
     def check(self, setup: Setup) -> None:
         if self.weight != 1.0 and not setup.has_negative:

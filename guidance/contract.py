@@ -38,6 +38,7 @@ predictions at another latent and noise level, from any stage after ``branches``
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -58,6 +59,12 @@ def check_window(title: str, start: float, end: float) -> None:
     """Refuse a window that is none. Both ends are percent of the model's timesteps, 0 (pure noise) .. 1 (clean)."""
     if not 0.0 <= start <= end <= 1.0:
         raise GuidanceError(f"{title}: start {start:g} and end {end:g} must satisfy 0 <= start <= end <= 1.")
+
+
+def check_finite(title: str, name: str, value: float, hint: str) -> None:
+    """Refuse inf and nan. ``name`` is the node's input, ``hint`` says what a usual number does."""
+    if not math.isfinite(value):
+        raise GuidanceError(f"{title}: {name} is {value:g}; give a finite number, {hint}.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +114,7 @@ class Variant:
 
 
 Branch = Prompt | Mix | Variant
+Edits = Sequence[tuple[AttentionEdit, tuple[str | Branch, ...]]]  # and the branches that each acts on; () is every one
 
 
 @dataclass(frozen=True)
@@ -274,7 +282,7 @@ class Guidance:
     def branches(self, step: Step) -> Sequence[Branch]:
         return ()
 
-    def edits(self, step: Step) -> Sequence[tuple[AttentionEdit, tuple[str | Branch, ...]]]:
+    def edits(self, step: Step) -> Edits:
         """Attention edits of this step's own branches, each with those it acts on: "cond" (and its variants), "uncond"
         or a branch; () is every branch. Also asked for every step before the run starts, with an empty ``step.x``.
         """

@@ -8,7 +8,6 @@ is an edit of the attention, see ``attention/perturb.py``. The worse prediction 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from ..attention.contract import AttentionEdit
 from ..attention.perturb import Blur, Identity
-from .contract import Branch, Guidance, GuidanceError, Predictions, Step, Variant
+from .contract import Branch, Guidance, GuidanceError, Predictions, Step, Variant, check_finite
 from .space import cosine, norm
 
 #: The blocks that are degraded, whatever family the model is of: their names do not overlap. The UNet's is that of both
@@ -42,8 +41,7 @@ class Contrast:
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not math.isfinite(self.strength):
-            raise GuidanceError(f"{self.title}: strength is {self.strength:g}; give a finite number, 0 for none.")
+        check_finite(self.title, "strength", self.strength, "0 for none")
 
     @property
     def edit(self) -> AttentionEdit:

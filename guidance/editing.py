@@ -1,4 +1,4 @@
-"""What methods that edit by words ask of the run: the batch and the positive that their prompts describe."""
+"""What methods that edit by attention ask of the run: a batch of a source and its edits, and the prompts of both."""
 
 from __future__ import annotations
 
@@ -12,6 +12,21 @@ from .contract import GuidanceError, Setup, Step
 
 PURE_NOISE = 0.01  # percent of the timesteps before which a run starts from noise
 WAY_OUT = "Wire the positive, the LATENT and the prompts of one 'Source and Edits' (RudderEditBatch) to one sampler."
+
+
+def require_source(title: str, step: Step) -> None:
+    """Refuse a batch that cannot hold a source and an edit. ``step.x`` is empty before the run starts."""
+    if step.x.numel() and len(step.x) < 2:
+        raise GuidanceError(
+            f"{title}: the latent batch holds one picture. It must be the source and then the edits of it, at least 2 "
+            "rows, with one prompt for each in the positive. 'Source and Edits' (RudderEditBatch) makes both."
+        )
+
+
+def check_share(title: str, **shares: float) -> None:
+    for name, value in shares.items():
+        if not 0.0 <= value <= 1.0:
+            raise GuidanceError(f"{title}: {name} is {value:g}; it must be from 0 to 1.")
 
 
 def check_positive(title: str, edit: EditPrompts, setup: Setup) -> None:

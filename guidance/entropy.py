@@ -6,12 +6,10 @@ Jin et al., NeurIPS 2023, arXiv 2306.08645.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..attention.contract import AttentionEdit
 from ..attention.entropy import Entropy
-from .contract import Guidance, GuidanceError, Step
+from .contract import Edits, Guidance, GuidanceError, Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,5 +36,5 @@ class AttentionEntropy(Guidance):
             raise GuidanceError(f"{self.title}: the trained size is {width:g} x {height:g} cells of the latent; both "
                                 "sides must be above 0. SD1.5: 64 x 64, SDXL, SD3 and Flux: 128 x 128.")
 
-    def edits(self, step: Step) -> Sequence[tuple[AttentionEdit, tuple[str, ...]]]:
+    def edits(self, step: Step) -> Edits:
         return [(Entropy(blocks=self.blocks, trained=self.trained, text=self.text), ())]

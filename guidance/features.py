@@ -10,8 +10,8 @@ import logging
 from dataclasses import dataclass
 
 from ..attention.features import Features
-from .contract import Guidance, GuidanceError, Setup, Step
-from .mutual import Edits, check_share, require_source
+from .contract import Edits, Guidance, GuidanceError, Setup, Step
+from .editing import check_share, require_source
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,14 +12,13 @@ With a ``base`` of one's own for (0, 0) it is the same chain for any two conditi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from .cfg import require_guidance
-from .contract import Branch, Guidance, GuidanceError, Predictions, Prompt, Setup, Step, Variant
+from .contract import Branch, Guidance, GuidanceError, Predictions, Prompt, Setup, Step, Variant, check_finite
 from .space import cosine
 
 IMAGELESS = Variant("uncond", image=False)
@@ -43,8 +42,7 @@ class InstructGuidance(Guidance):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not math.isfinite(self.weight):
-            raise GuidanceError(f"{self.title}: image_scale is {self.weight}; give a finite number, 1 for none.")
+        check_finite(self.title, "image_scale", self.weight, "1 for none")
 
     @property
     def branch(self) -> Branch:

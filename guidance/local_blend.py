@@ -15,9 +15,8 @@ from torch import Tensor
 
 from ..attention.edit_prompts import EditPrompts
 from ..attention.local_blend import WordMaps, blended, masks
-from .contract import Guidance, GuidanceError, Setup, Step
-from .editing import check_positive, check_rows, check_sizes, check_words
-from .mutual import Edits, check_share
+from .contract import Edits, Guidance, GuidanceError, Setup, Step
+from .editing import check_positive, check_rows, check_share, check_sizes, check_words
 
 log = logging.getLogger("rudder")
 

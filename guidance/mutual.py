@@ -10,28 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..attention.contract import AttentionEdit
 from ..attention.foreground import Masked, Masks
 from ..attention.mutual import Mutual
 from ..attention.word_masks import WordMasks
-from .contract import Branch, Guidance, GuidanceError, Setup, Step
-
-Edits = list[tuple[AttentionEdit, tuple[str | Branch, ...]]]
-
-
-def require_source(title: str, step: Step) -> None:
-    """Refuse a batch that cannot hold a source and an edit. ``step.x`` is empty before the run starts."""
-    if step.x.numel() and len(step.x) < 2:
-        raise GuidanceError(
-            f"{title}: the latent batch holds one picture. It must be the source and then the edits of it, at least 2 "
-            "rows, with one prompt for each in the positive. 'Source and Edits' (RudderEditBatch) makes both."
-        )
-
-
-def check_share(title: str, **shares: float) -> None:
-    for name, value in shares.items():
-        if not 0.0 <= value <= 1.0:
-            raise GuidanceError(f"{title}: {name} is {value:g}; it must be from 0 to 1.")
+from .contract import Edits, Guidance, GuidanceError, Setup, Step
+from .editing import require_source
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

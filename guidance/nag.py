@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..attention.nag import JointNormalisedGuidance, NormalisedGuidance
-from .contract import Branch, Guidance, GuidanceError, Prompt, Setup, Step, Variant
-from .mutual import Edits
+from .contract import Branch, Edits, Guidance, GuidanceError, Prompt, Setup, Step, Variant
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,14 +8,13 @@ of D_u (derived), but here its strength does not grow with cfg.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from .cfg import require_guidance
-from .contract import Branch, Guidance, GuidanceError, Predictions, Prompt, Setup, Step
+from .contract import Branch, Guidance, GuidanceError, Predictions, Prompt, Setup, Step, check_finite
 from .space import cosine
 
 WHY = {
@@ -49,8 +48,7 @@ class ExtraNegative(Guidance):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not math.isfinite(self.weight):
-            raise GuidanceError(f"{self.title}: weight is {self.weight}; give a finite number, 0 for none.")
+        check_finite(self.title, "weight", self.weight, "0 for none")
 
     def prompts(self) -> Sequence[Branch]:
         return (self.negative,)

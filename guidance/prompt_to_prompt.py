@@ -19,9 +19,8 @@ from torch import Tensor
 from ..attention.edit_prompts import EditPrompts
 from ..attention.operations import MODES, RENORM, Operation, operation
 from ..attention.prompt_to_prompt import SameLayout, TextMaps
-from .contract import Guidance, GuidanceError, Setup, Step
-from .editing import check_positive, check_rows, check_sizes, check_words
-from .mutual import Edits, check_share
+from .contract import Edits, Guidance, GuidanceError, Setup, Step
+from .editing import check_positive, check_rows, check_share, check_sizes, check_words
 
 WEIGHTS = (-2.0, 2.0)
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from ..attention.mutual import Mutual
-from .contract import Guidance, Step
-from .mutual import Edits, check_share, require_source
+from .contract import Edits, Guidance, Step
+from .editing import check_share, require_source
 from .space import expand, residual
 
 VARIANCE = 1e-5

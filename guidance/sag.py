@@ -16,16 +16,14 @@ the map is that of image tokens to image tokens, each query's attention to the t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..attention.contract import AttentionEdit
 from ..attention.perturb import gaussian
 from ..attention.salience import Salience
-from .contract import Guidance, GuidanceError, Predictions, Setup, Step
+from .contract import Edits, Guidance, GuidanceError, Predictions, Setup, Step, check_finite
 from .space import expand, norm, signal
 
 AVERAGE = 1 + 1e-5  # an even map is 1 everywhere but for rounding, and finds nothing salient
@@ -59,8 +57,7 @@ class SelfAttentionGuidance(Guidance):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not math.isfinite(self.strength):
-            raise GuidanceError(f"{self.title}: strength is {self.strength:g}; give a finite number, 0 for none.")
+        check_finite(self.title, "strength", self.strength, "0 for none")
         if not 0 < self.sigma < math.inf:
             raise GuidanceError(f"{self.title}: blur_sigma is {self.sigma:g}; it must be above 0. Usual: 2.")
 
@@ -74,7 +71,7 @@ class SelfAttentionGuidance(Guidance):
             raise GuidanceError(f"{self.title}: it reads the map of one block, and '{self.blocks}' names "
                                 f"{len(names)}: {', '.join(names)}. Write one of them.")
 
-    def edits(self, step: Step) -> Sequence[tuple[AttentionEdit, tuple[str, ...]]]:
+    def edits(self, step: Step) -> Edits:
         return [(self.reader, ("cond", "uncond"))] if self.strength else []
 
     def salience(self, step: Step, role: str) -> Tensor:

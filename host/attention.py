@@ -20,13 +20,12 @@ from torch import Tensor
 
 from ..attention.contract import AttentionEdit, Call, Residual, overrides
 from ..attention.sites import Site
-from ..guidance.contract import GuidanceError, Step
+from ..guidance.contract import Edits, GuidanceError, Step
 from .sites import Layout, Tap, family, taps_of
 
 log = logging.getLogger("rudder")
 
 OVERRIDE = "optimized_attention_override"
-Acting = Sequence[tuple[AttentionEdit, tuple[Any, ...]]]  # an edit and the roles it acts on; () is everyone
 
 
 def check_edit(title: str, edit: AttentionEdit, sites: Sequence[Site], model: torch.nn.Module) -> None:
@@ -56,7 +55,7 @@ class Pass:
 
     layout: Layout
     roles: list[tuple[Any, ...]]  # of each chunk
-    acting: Acting
+    acting: Edits
     step: Step
     latent: tuple[int, ...]
     samples: int  # of each chunk
@@ -79,7 +78,7 @@ class Attention:
         self.taps: dict[int, list[Tap]] = {}
         self.who: Mapping[Any, tuple[Any, ...]] = {}  # uuid of a cond -> its roles, the most telling first
         self.lengths: Mapping[Any, int | None] = {}  # uuid of a cond -> its text tokens
-        self.acting: Acting = ()
+        self.acting: Edits = ()
         self.step: Step | None = None
         self.texts: Mapping[Any, list[dict]] = {}  # processed conds of every branch of the run
         self.told = False
@@ -206,7 +205,7 @@ class Kernel:
 
 
 def edited(
-    now: Pass, site: Site, acting: Acting, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+    now: Pass, site: Site, acting: Edits, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
 ) -> Tensor:
     """The attention of one site. Chunks on which the same edits act go through them together, the others through the
     kernel."""
@@ -254,7 +253,7 @@ def to_other_text(now: Pass, kernel: Kernel) -> Callable[[Tensor, Any], Tensor]:
     return attend
 
 
-def grouped(now: Pass, acting: Acting, site: Site) -> list[tuple[list[AttentionEdit], list[int]]]:
+def grouped(now: Pass, acting: Edits, site: Site) -> list[tuple[list[AttentionEdit], list[int]]]:
     """The chunks of the batch by the edits that act on them; apart also by their text, where an edit sees its map."""
     groups: dict[tuple[tuple[int, ...], int | None], list[int]] = {}  # positions in acting, length -> chunks
     for chunk, roles in enumerate(now.roles):

@@ -11,7 +11,7 @@ import comfy.samplers
 import torch
 
 from ..attention.contract import AttentionEdit
-from ..guidance.contract import Guidance, GuidanceError, Step
+from ..guidance.contract import Edits, Guidance, GuidanceError, Step
 from .patch import add_guidance
 from .run import KEY
 
@@ -24,7 +24,7 @@ class Watch(Guidance):
 
     title = "Inspect Attention"
 
-    def edits(self, step: Step) -> Sequence[tuple[AttentionEdit, tuple[str, ...]]]:
+    def edits(self, step: Step) -> Edits:
         return [(edit, ("cond",)) for edit in self.watching]
 
 

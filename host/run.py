@@ -19,11 +19,22 @@ import comfy.samplers as samplers
 import torch
 from torch import Tensor
 
-from ..guidance.contract import Branch, GuidanceError, Plan, Predictions, Prompt, Setup, Step, Variant, overrides
+from ..guidance.contract import (
+    Branch,
+    Edits,
+    GuidanceError,
+    Plan,
+    Predictions,
+    Prompt,
+    Setup,
+    Step,
+    Variant,
+    overrides,
+)
 from ..guidance.space import Parametrisation, cosine, norm, residual
 from ..guidance.trace import Trace, plain
 from . import conds
-from .attention import Acting, Attention, check_edit
+from .attention import Attention, check_edit
 from .second import SecondModel
 from .sites import sites_of
 
@@ -126,7 +137,7 @@ def lineage(branch: Branch) -> tuple[Branch | str, ...]:
     return (branch, branch.of) if isinstance(branch.of, str) else (branch, *lineage(branch.of))
 
 
-def edits_of(plan: Plan, step: Step) -> Acting:
+def edits_of(plan: Plan, step: Step) -> Edits:
     return [pair for method in plan for pair in method.edits(step)]
 
 

@@ -8,11 +8,7 @@ from ..guidance.contrast import BLOCKS, PerturbedAttention, SmoothedEnergy
 from ..guidance.entropy import AttentionEntropy
 from ..guidance.sag import SelfAttentionGuidance
 from ..host import trained_cells
-from .guidance import CATEGORY, model_input, model_output, patched, window_inputs
-
-
-def blocks_input(tip: str) -> io.String.Input:
-    return io.String.Input("blocks", default="", advanced=True, tooltip=tip)
+from .guidance import CATEGORY, blocks_input, model_input, model_output, patched, window_inputs
 
 
 def contrast_blocks() -> io.String.Input:

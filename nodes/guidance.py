@@ -35,6 +35,14 @@ def window_inputs(what: str = "The method acts", outside: str = "Outside, sampli
     ]
 
 
+def share_input(name: str, default: float, tooltip: str, **options) -> io.Float.Input:
+    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip, **options)
+
+
+def blocks_input(tooltip: str) -> io.String.Input:
+    return io.String.Input("blocks", default="", advanced=True, tooltip=tooltip)
+
+
 def anchor_input() -> io.Conditioning.Input:
     return io.Conditioning.Input(
         "anchor",

@@ -6,8 +6,8 @@ from comfy_api.latest import io
 
 from ..guidance.contract import Prompt
 from ..guidance.nag import NAG
-from .guidance import CATEGORY, model_input, model_output, patched
-from .reference import blocks_input, share_input
+from .guidance import CATEGORY, model_input, model_output, patched, share_input
+from .reference import named_blocks
 
 
 class RudderNAG(io.ComfyNode):
@@ -41,7 +41,7 @@ class RudderNAG(io.ComfyNode):
                     "Share of the pushed result; 0 is off. Official: 0.25 (Flux, SD3.5), 0.38 (SD1.5 at cfg 7), 0.5 "
                     "(DMD2-SDXL).",
                 ),
-                blocks_input("all that attend to text"),
+                named_blocks("all that attend to text"),
                 share_input(
                     "start_percent", 0.0, "Begin here, a share of the model's timesteps: 0 is pure noise, 1 the clean "
                     "picture.", advanced=True,

@@ -10,7 +10,7 @@ from ..attention.operations import MODES, RENORM
 from ..guidance.local_blend import LocalBlend
 from ..guidance.prompt_to_prompt import PromptToPrompt
 from .edit_batch import EditPromptsType
-from .guidance import CATEGORY, model_output, patched
+from .guidance import CATEGORY, blocks_input, model_output, patched, share_input
 
 
 def inputs() -> list:
@@ -58,15 +58,15 @@ class RudderPromptToPrompt(io.ComfyNode):
                     "with the word after it. reorder: words are matched wherever they stand. style: all words blend by "
                     "style_alpha.",
                 ),
-                io.Float.Input(
-                    "cross_end", default=0.8, min=0.0, max=1.0, step=0.01,
-                    tooltip="Until when words look where the source's do, a share of the model's timesteps, 0 (never) "
+                share_input(
+                    "cross_end", 0.8,
+                    "Until when words look where the source's do, a share of the model's timesteps, 0 (never) "
                     "to 1 (to the end). Paper: 0.8. Lower lets the edit change more. Not for transformers (Flux, SD3), "
                     "but for the weights of words.",
                 ),
-                io.Float.Input(
-                    "self_end", default=0.4, min=0.0, max=1.0, step=0.01,
-                    tooltip="Until when the layout is the source's, a share of the model's timesteps, 0 (never) to 1. "
+                share_input(
+                    "self_end", 0.4,
+                    "Until when the layout is the source's, a share of the model's timesteps, 0 (never) to 1. "
                     "Paper: 0.4; on transformers (Flux, SD3) about 0.2. Lower it where the edit needs another shape.",
                 ),
                 io.String.Input(
@@ -83,9 +83,10 @@ class RudderPromptToPrompt(io.ComfyNode):
                     tooltip="What attention sums to after an edit. none: what comes out (paper's code). row: 1 by "
                     "scaling all words. preserve: 1, before weights, by scaling the changed words alone (ours).",
                 ),
-                io.Float.Input(
-                    "style_alpha", default=0.2, min=0.0, max=1.0, step=0.01, advanced=True,
-                    tooltip="Only for mode style: share of the edit's own attention, 0 to 1. About 0.2 in a survey.",
+                share_input(
+                    "style_alpha", 0.2,
+                    "Only for mode style: share of the edit's own attention, 0 to 1. About 0.2 in a survey.",
+                    advanced=True,
                 ),
                 io.Int.Input(
                     "self_tokens", default=256, min=1, max=65536, advanced=True,
@@ -124,24 +125,23 @@ class RudderLocalBlend(io.ComfyNode):
                     tooltip="Whose places may change: words of the source or of the edits, separated by commas. Empty: "
                     "the words that each edit drops or adds.",
                 ),
-                io.Float.Input(
-                    "threshold", default=0.3, min=0.0, max=1.0, step=0.01,
-                    tooltip="From which share of their strongest attention a place counts as theirs, 0 to 1. Official "
+                share_input(
+                    "threshold", 0.3,
+                    "From which share of their strongest attention a place counts as theirs, 0 to 1. Official "
                     "code: 0.3. Lower lets more of the picture change.",
                 ),
-                io.Float.Input(
-                    "start_percent", default=0.2, min=0.0, max=1.0, step=0.01, advanced=True,
-                    tooltip="From when the rest is kept, a share of the model's timesteps, 0 (pure noise) to 1 "
-                    "(clean). Official code: 0.2. Places are read from the first step on.",
+                share_input(
+                    "start_percent", 0.2,
+                    "From when the rest is kept, a share of the model's timesteps, 0 (pure noise) to 1 "
+                    "(clean). Official code: 0.2. Places are read from the first step on.", advanced=True,
                 ),
                 io.Int.Input(
                     "tokens", default=256, min=1, max=65536, advanced=True,
                     tooltip="Places are read from cross-attention of at most so many tokens. Official: 256 (16x16, "
                     "SD1.5 at 512x512); SDXL at 1024x1024 needs 1024. Not used on transformers.",
                 ),
-                io.String.Input(
-                    "blocks", default="", advanced=True,
-                    tooltip="Which blocks are read, as Inspect Attention lists them. Empty: all that are small enough. "
+                blocks_input(
+                    "Which blocks are read, as Inspect Attention lists them. Empty: all that are small enough. "
                     "Transformers (Flux, SD3) need a few named ones, such as 'double.8-12'.",
                 ),
             ],

@@ -10,20 +10,14 @@ from ..attention.foreground import Masks
 from ..guidance.features import PlugAndPlay
 from ..guidance.mutual import MasaCtrl
 from ..guidance.rival import RIVAL
-from .guidance import CATEGORY, model_input, model_output, patched, window_inputs
+from .guidance import CATEGORY, blocks_input, model_input, model_output, patched, share_input, window_inputs
 
 ROWS = "Needs a batch of the source and its edits: the node Source and Edits makes it. No extra model evaluations."
 
 
-def share_input(name: str, default: float, tooltip: str, **options) -> io.Float.Input:
-    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip, **options)
-
-
-def blocks_input(default: str) -> io.String.Input:
-    return io.String.Input(
-        "blocks", default="", advanced=True,
-        tooltip=f"Names of attention blocks such as 'output.3-5, middle' or 'double.0-3, single.7'. Empty: {default}.",
-    )
+def named_blocks(default: str) -> io.String.Input:
+    return blocks_input(
+        f"Names of attention blocks such as 'output.3-5, middle' or 'double.0-3, single.7'. Empty: {default}.")
 
 
 def indices(name: str, text: str) -> tuple[int, ...]:
@@ -75,7 +69,7 @@ class RudderMasaCtrl(io.ComfyNode):
                     "edit_tokens", default="", advanced=True,
                     tooltip="The numbers of the object's tokens in the edited prompts. Needed with source_tokens.",
                 ),
-                blocks_input("by start_depth"),
+                named_blocks("by start_depth"),
                 share_input(
                     "start_percent", 0.08,
                     "Begin here, a share of the model's timesteps: 0 is pure noise, 1 the clean picture. Paper: step 4 "
@@ -125,7 +119,7 @@ class RudderPlugAndPlay(io.ComfyNode):
                     "Share the residual block's features until here. Paper: 0.8. Shorter lets shapes change. 0: never. "
                     "UNets only: it rests on Flux and SD3, with a warning.",
                 ),
-                blocks_input(
+                named_blocks(
                     "the second half of a UNet's self-attention blocks (paper: output.4 to output.11 of SD1.5), all of "
                     "Flux and SD3"
                 ),
@@ -172,7 +166,7 @@ class RudderRIVAL(io.ComfyNode):
                     "Until here the guided noise prediction gets the mean and spread of the source's, in each channel. "
                     "Paper: 0.4 (t 600 of 1000). 0: never.",
                 ),
-                blocks_input("all self-attention blocks, as the paper"),
+                named_blocks("all self-attention blocks, as the paper"),
                 *window_inputs(),
             ],
             outputs=[model_output()],
