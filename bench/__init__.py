@@ -32,6 +32,7 @@ class Options:
         split: which half of the prompt list, 'dev' or 'final'.
         shard: (i, k): do the i-th of k equal parts of the work.
         work: folder for what an interrupted run goes on from; None means the user's cache.
+        precision: of the networks, a key of ``generate.PRECISIONS``.
     """
 
     quick: bool = False
@@ -40,6 +41,7 @@ class Options:
     split: str = "dev"
     shard: tuple[int, int] = (0, 1)
     work: Path | None = None
+    precision: str = "fp32"
 
 
 def prepare() -> None:

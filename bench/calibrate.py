@@ -53,7 +53,7 @@ def main(options: Options) -> Table:
             cells.paint_all([(store, job) for cell in mine for job in cells.jobs(cell, None)], options.shard)
             rows += [row(store.painter.name, cell, store.scores(cell, judge, tag)) for cell in mine
                      if not store.missing(cells.jobs(cell, None))]
-            about = f"{store.settings.steps} steps, {store.settings.sampler}"
+            about = store.about
     at = {(r["model"], r["category"], r["cfg"]): r["accuracy"].value for r in rows}
     for r in rows:
         control = at.get((r["model"], CONTROL.get(r["category"]), r["cfg"]))

@@ -139,7 +139,7 @@ def workplace(options: Options) -> Iterator[Path]:
 
 def open_store(work: Path, file: Path, options: Options) -> Store:
     """The store of a model file at its own settings; 6 steps when quick."""
-    painter = Painter(file)
+    painter = Painter(file, options.precision)
     return Store(work, painter, replace(painter.settings, steps=6) if options.quick else painter.settings)
 
 
@@ -149,10 +149,17 @@ class Store:
     def __init__(self, work: Path, painter: Painter, settings: Settings):
         """``settings`` without its cfg, which is the cell's."""
         self.painter, self.settings = painter, settings
-        state = asdict(settings) | {"cfg": None, "list": rareshapes.digest(), "code": code_digest()}
+        state = asdict(settings) | {"cfg": None, "precision": painter.precision, "list": rareshapes.digest(),
+                                    "code": code_digest()}
         self.state = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:12]
         self.folder = work / f"{painter.digest}-{self.state}"
         self.commit = commit()
+
+    @property
+    def about(self) -> str:
+        """How pictures are sampled, for the notes of a table."""
+        how = self.settings
+        return f"{how.sampler}, {how.scheduler}, {how.steps} steps, {self.painter.precision}"
 
     def file(self, job: Job) -> Path:
         return self.folder / job.cell.key / f"{job.first:05d}-{job.last:05d}.png"

@@ -34,6 +34,7 @@ from rudder.host import demo as demo_host
 from rudder.host.run import parametrisation_of
 
 NAMES = ("shapes-unet", "shapes-flux")  # every table's models, where their files exist
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}  # None: that of the file
 Methods = Callable[[Prompt], tuple[Guidance, ...]]  # from the anchor to the methods, in wiring order
 
 
@@ -98,11 +99,14 @@ class Painted:
 
 
 class Painter:
-    """A demo model as the host loads it, and the prompts it has encoded so far."""
+    """A demo model as the host loads it, and the prompts it has encoded so far. ``precision`` is that of the network's
+    arithmetic, as by the host's node ModelComputeDtype; sampling and methods are in float32."""
 
-    def __init__(self, file: Path):
-        self.file, self.name = file, file.stem
+    def __init__(self, file: Path, precision: str = "fp32"):
+        self.file, self.name, self.precision = file, file.stem, precision
         self.model, self.clip, self.vae = demo_host.load_demo(file)
+        if dtype := PRECISIONS[precision]:
+            self.model.set_model_compute_dtype(dtype)
         self._encoded: dict[str, tuple[Tensor, Tensor]] = {}
 
     @cached_property

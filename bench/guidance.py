@@ -329,8 +329,7 @@ def notes(found: Found, options: Options, n: int, stores: Sequence[Store], missi
         f"Prompts: half {CATEGORIES[0]}, half {CATEGORIES[1]} of RareShapes, the half '{SPLIT}' of the list, {n} "
         f"pictures a row ({digest(n)}), the same prompts and seeds in every row. Right: shape and attribute, as the "
         "judge reads them. Every method at its paper's defaults.",
-        *(f"{s.painter.name} ({s.painter.digest}): {s.settings.sampler}, {s.settings.scheduler}, {s.settings.steps} "
-          "steps." for s in stores),
+        *(f"{s.painter.name} ({s.painter.digest}): {s.about}." for s in stores),
         "This table: every method at the cfg that brings it nearest to true renders by the Frechet distance on the "
         "judge's features; all weights are in the next. 'True renders' are as many of the same prompts, the floor of "
         f"the column; their saturation is {found.data:.3f}.",

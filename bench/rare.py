@@ -225,8 +225,8 @@ def notes(found: Found, rows: list[dict], options: Options, n: int, stores: Sequ
         f"{n} pictures a cell, the same prompts and seeds in every cell of a category, the half '{options.split}' of "
         f"the list {rareshapes.digest()}. Right: what the category asks for (rareshapes.py), as the judge reads it, in "
         "%. Intervals: 95 % bootstrap, clustered by prompt; differences are of the same pictures, in points.",
-        *(f"{s.painter.name} ({s.painter.digest}): {s.settings.sampler}, {s.settings.scheduler}, {s.settings.steps} "
-          f"steps, cfg {s.settings.cfg:g}; R2F alternates by the {FAMILY.get(s.painter.parametrisation, 'SD3')} table."
+        *(f"{s.painter.name} ({s.painter.digest}): {s.about}, cfg {s.settings.cfg:g}; R2F alternates by the "
+          f"{FAMILY.get(s.painter.parametrisation, 'SD3')} table."
           for s in stores),
         "Above: the summary is with the superclass anchor; the average is over " + ", ".join(RARE) + ", where they are "
         "painted. R2F's level is 3, in texture 4, in relation 2. The best fixed blend is chosen on these very pictures "

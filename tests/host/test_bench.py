@@ -283,6 +283,13 @@ def test_more_pictures_go_on_where_fewer_stopped_and_other_settings_do_not(store
     assert slower.folder != store.folder
 
 
+def test_half_precision_is_nearly_the_same_picture_in_a_folder_of_its_own(store, demo_files):
+    half = generate.Painter(store.painter.file, "bf16")
+    assert cells.Store(store.folder.parent, half, store.settings).folder != store.folder
+    full, fast = (p.paint(["a red heart"], [1], settings=FEW).images.astype(float) for p in (store.painter, half))
+    assert 0 < np.abs(full - fast).mean() < 20, "of 255, on random weights"
+
+
 def test_scores_are_remembered_for_the_judge_that_gave_them(store):
     cells.paint_all(work_of(store), (0, 1), quiet)
     first = store.scores(CELL, Judge(), "one")
