@@ -16,13 +16,15 @@ class Site:
 
     Attributes:
         name: "input.4.0", "middle.0", "output.3.1" (UNet: block, then transformer in it), "double.4", "single.17"
-            (Flux), "joint.7" (SD3). A UNet has a self and a cross site of each name.
-        kind: "self" (image tokens among themselves), "cross" (image to text), "joint" (text and image together), or
-            "residual" for what a UNet's residual block adds, which is no attention ("output.4").
+            (Flux), "joint.7" (SD3, Qwen-Image, Lumina 2, Z-Image), "refiner.0" (of the latter two, before the joint
+            blocks), "block.9" (Wan). A UNet and Wan have a self and a cross site of each name.
+        kind: "self" (image tokens among themselves), "cross" (image to text), "joint" (text and image together),
+            "image" (image to the features of a start picture), or "residual" for what a UNet's residual block adds,
+            which is no attention ("output.4").
         index, count: position among the model's sites of this kind, in the order in which they run.
         grid: (t, h, w) of the image tokens. None before a forward pass, and where another node merged tokens.
         text: which keys are text tokens; image: which queries (and keys, but at cross sites) are those of the picture
-            that is being made. A joint site may have more tokens after those: reference pictures.
+            that is being made. There may be more tokens around those: reference pictures, padding.
     """
 
     name: str

@@ -8,7 +8,7 @@ before, so that masks do not depend on how the host splits the batch. The first 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,14 +28,10 @@ QUARTER = (0.25, 0.6)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class WordMasks(AttentionEdit):
-    """Reads where the words of the source and of the edits are, and changes nothing.
+    """Reads where the words of the source and of the edits are, and changes nothing. ``tokens``: those of the words in
+    each row's prompt, the source's first."""
 
-    Args:
-        source, edits: indices of tokens.
-    """
-
-    source: tuple[int, ...]
-    edits: tuple[int, ...]
+    tokens: Sequence[Sequence[int]]
 
     title = "word masks"
     kinds = frozenset({"cross"})
@@ -51,10 +47,8 @@ class WordMasks(AttentionEdit):
         if "cond" in call.roles:
             chunk, state = call.roles.index("cond"), self.settled(call.step)
             q, k = (call.by_sample(tokens)[chunk] for tokens in (call.q, call.k))
-            if (last := max(self.source + self.edits)) >= k.shape[2]:
-                raise ValueError(f"There is no token {last}: the prompts have tokens 0 to {k.shape[2] - 1}.")
             maps = scores(q, k).softmax(-1).mean(1)  # [samples, tokens, text]
-            heat = torch.stack([maps[i][:, list(self.edits if i else self.source)].sum(-1) for i in range(len(maps))])
+            heat = torch.stack([one[:, list(tokens)].sum(-1) for one, tokens in zip(maps, self.tokens)])
             heat = heat.unflatten(1, call.site.grid).mean(1)[:, None]
             size = state.setdefault("size", heat.shape[-2:])
             state["now"] = state.get("now", 0.0) + F.interpolate(heat, size, mode="area")[:, 0]

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from ..attention.edit_prompts import EditPrompts
 from ..attention.foreground import Masked, Masks
 from ..attention.mutual import Mutual
 from ..attention.word_masks import WordMasks
 from .contract import Edits, Guidance, GuidanceError, Setup, Step
-from .editing import require_source
+from .editing import check_positive, check_rows, check_words, require_source
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -26,7 +27,7 @@ class MasaCtrl(Guidance):
         blocks: at which sites instead, see ``attention.sites.selected``.
         union: the edits see themselves as well.
         masks: the foreground of source and edits, or None.
-        source_tokens, edit_tokens: masks from these tokens of the prompts; none for no such masks.
+        edit, words: the prompts of the batch, and what they call the foreground: masks from these words.
     """
 
     start: float = 0.08
@@ -34,8 +35,8 @@ class MasaCtrl(Guidance):
     blocks: str = ""
     union: bool = False
     masks: Masks | None = None
-    source_tokens: Sequence[int] = ()
-    edit_tokens: Sequence[int] = ()
+    edit: EditPrompts | None = None
+    words: Sequence[str] = ()
 
     title = "Move and Pose (MasaCtrl)"
     claims = frozenset({"keys and values of the edited pictures"})
@@ -45,28 +46,42 @@ class MasaCtrl(Guidance):
         super().__post_init__()
         if not 0.0 <= self.depth < 1.0:
             raise GuidanceError(f"{self.title}: start_depth is {self.depth:g}; it must be at least 0 and below 1.")
-        if bool(self.source_tokens) != bool(self.edit_tokens):
-            raise GuidanceError(f"{self.title}: masks from words need both source_tokens and edit_tokens.")
-        if self.source_tokens and self.masks is not None:
-            raise GuidanceError(f"{self.title}: give masks or tokens, not both.")
+        if self.words and self.edit is None:
+            raise GuidanceError(f"{self.title}: words need the prompts that say them. Connect the EDIT_PROMPTS of "
+                                "'Source and Edits' (RudderEditBatch) to prompts, or leave words empty.")
+        if self.words and self.masks is not None:
+            raise GuidanceError(f"{self.title}: give masks or words, not both.")
+        if self.words:
+            self.check_named()
+
+    def check_named(self) -> None:
+        rows = range(self.edit.rows)
+        check_words(self.title, self.edit, self.words, rows)
+        if silent := [self.edit.texts[row] for row in rows if not self.seen.tokens[row]]:
+            raise GuidanceError(f"{self.title}: '{silent[0]}' says none of the words {', '.join(self.words)}. Give "
+                                "what the source and each edit call the foreground, such as 'cat, lion'.")
 
     @cached_property
-    def words(self) -> WordMasks | None:
-        if not self.source_tokens:
+    def seen(self) -> WordMasks | None:
+        """What looks for the words."""
+        if not self.words:
             return None
-        return WordMasks(source=tuple(self.source_tokens), edits=tuple(self.edit_tokens))
+        rows = range(self.edit.rows)
+        return WordMasks(tokens=[[t for word in self.words for t in self.edit.positions(row, word)] for row in rows])
 
     @cached_property
-    def edit(self) -> Mutual:
+    def shared(self) -> Mutual:
         where = {"blocks": self.blocks, "depth": self.depth, "union": self.union}
-        masks = self.words.masks if self.words else self.masks
+        masks = self.seen.masks if self.seen else self.masks
         return Mutual(**where) if masks is None else Masked(**where, masks=masks)
 
     def check(self, setup: Setup) -> None:
-        if self.words and not any(self.words.acts_at(site) for site in setup.sites):
-            raise GuidanceError(f"{self.title}: this model has no cross-attention to read words from. Leave the tokens "
-                                "empty and connect masks, or none.")
+        if self.seen:
+            check_positive(self.title, self.edit, setup)
 
     def edits(self, step: Step) -> Edits:
         require_source(self.title, step)
-        return [(self.edit, ()), *([(self.words, ("cond",))] if self.words else [])]
+        if self.seen is None:
+            return [(self.shared, ())]
+        check_rows(self.title, self.edit, step)
+        return [(self.shared, ()), (self.seen, ("cond",))]

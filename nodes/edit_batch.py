@@ -69,4 +69,9 @@ def repeated(latent: dict, rows: int) -> dict:
     return {**latent, "samples": samples.repeat(rows, *[1] * (samples.ndim - 1)), "batch_index": [index[0]] * rows}
 
 
+def phrases(text: str) -> tuple[str, ...]:
+    """The entries of "cat, red lion"."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
 NODES = (RudderEditBatch,)

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..attention.operations import MODES, RENORM
 from ..guidance.local_blend import LocalBlend
 from ..guidance.prompt_to_prompt import PromptToPrompt
-from .edit_batch import EditPromptsType
+from .edit_batch import EditPromptsType, phrases
 from .guidance import CATEGORY, blocks_input, model_output, patched, share_input
 
 
@@ -150,9 +150,9 @@ class RudderLocalBlend(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, prompts, words, threshold, start_percent, tokens, blocks) -> io.NodeOutput:
-        named = tuple(word.strip() for word in words.split(",") if word.strip())
         return patched(model, LocalBlend(
-            edit=prompts, words=named, threshold=threshold, blend_start=start_percent, tokens=tokens, blocks=blocks,
+            edit=prompts, words=phrases(words), threshold=threshold, blend_start=start_percent, tokens=tokens,
+            blocks=blocks,
         ))  # fmt: skip
 
 

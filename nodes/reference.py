@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
-
 from comfy_api.latest import io
 
 from ..attention.foreground import Masks
 from ..guidance.features import PlugAndPlay
 from ..guidance.mutual import MasaCtrl
 from ..guidance.rival import RIVAL
+from .edit_batch import EditPromptsType, phrases
 from .guidance import CATEGORY, blocks_input, model_input, model_output, patched, share_input, window_inputs
 
 ROWS = "Needs a batch of the source and its edits: the node Source and Edits makes it. No extra model evaluations."
@@ -18,14 +17,6 @@ ROWS = "Needs a batch of the source and its edits: the node Source and Edits mak
 def named_blocks(default: str) -> io.String.Input:
     return blocks_input(
         f"Names of attention blocks such as 'output.3-5, middle' or 'double.0-3, single.7'. Empty: {default}.")
-
-
-def indices(name: str, text: str) -> tuple[int, ...]:
-    """Token numbers such as "5, 6"."""
-    parts = [part for part in re.split(r"[,\s]+", text.strip()) if part]
-    if not all(part.isdecimal() for part in parts):
-        raise ValueError(f"{name}: '{text}' is not a list of token numbers. Write '5, 6'; the start is token 0.")
-    return tuple(map(int, parts))
 
 
 class RudderMasaCtrl(io.ComfyNode):
@@ -60,14 +51,13 @@ class RudderMasaCtrl(io.ComfyNode):
                     tooltip="The foreground of the edits: one mask for all, or one for each. Not connected: the "
                     "source's.",
                 ),
-                io.String.Input(
-                    "source_tokens", default="", advanced=True,
-                    tooltip="Masks from words instead: the numbers of the tokens of the object in the source prompt, "
-                    "'5, 6'; the start is token 0. SD1.5 and SDXL only. Empty: no such masks.",
+                EditPromptsType.Input(
+                    "prompts", optional=True, tooltip="From Source and Edits; needed for words.",
                 ),
                 io.String.Input(
-                    "edit_tokens", default="", advanced=True,
-                    tooltip="The numbers of the object's tokens in the edited prompts. Needed with source_tokens.",
+                    "words", default="", advanced=True,
+                    tooltip="Masks from words instead: what the source and each edit call the foreground, 'cat, lion'. "
+                    "Where it is, is read from attention. SD1.5 and SDXL only. Empty: no such masks.",
                 ),
                 named_blocks("by start_depth"),
                 share_input(
@@ -82,8 +72,8 @@ class RudderMasaCtrl(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, start_depth, union, source_tokens, edit_tokens, blocks, start_percent, end_percent,
-        source_mask=None, edit_mask=None,
+        cls, model, start_depth, union, words, blocks, start_percent, end_percent, source_mask=None, edit_mask=None,
+        prompts=None,
     ) -> io.NodeOutput:
         if edit_mask is not None and source_mask is None:
             raise ValueError(f"{MasaCtrl.title}: edit_mask needs a source_mask: connect the source's foreground too.")
@@ -92,7 +82,7 @@ class RudderMasaCtrl(io.ComfyNode):
         )
         return patched(model, MasaCtrl(
             depth=start_depth, union=union, masks=masks, blocks=blocks, start=start_percent, end=end_percent,
-            source_tokens=indices("source_tokens", source_tokens), edit_tokens=indices("edit_tokens", edit_tokens),
+            edit=prompts, words=phrases(words),
         ))  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from .models import CHANNELS, MODELS, calls, conditioning, sample
 from .registry import NEGATIVE
 from .test_branches import one_forward_a_cond
 from .test_nodes import call
+from .test_prompt_to_prompt import CAT, SOURCE, WET, batch, run
 
 ONES = torch.ones(1, 8, 8)
 HALF = torch.cat([ONES[:, :, :4], 0 * ONES[:, :, :4]], 2)
@@ -147,16 +148,17 @@ def test_a_mask_for_each_edit(network, family):
 
 def test_masks_from_words():
     """On the UNet only; the maps of the steps before decide, so the first step has none."""
-    unet = MODELS["unet"]()
-    method = MasaCtrl(start=0.0, depth=0.0, source_tokens=(2,), edit_tokens=(2, 3))
-    out, whole = edit(unet, "unet", method), edit(unet, "unet", MasaCtrl(start=0.0, depth=0.0))
-    assert torch.equal(out[0], whole[0]) and out.isfinite().all() and not torch.equal(out[1], whole[1])
-    assert torch.equal(edit(unet, "unet", method), out), "nothing is left from the first run"
-    torch.testing.assert_close(edit(unet, "unet", method, split=True), out, rtol=1e-4, atol=1e-3)
-    with pytest.raises(ValueError, match="no token 30"):
-        edit(unet, "unet", MasaCtrl(start=0.0, source_tokens=(30,), edit_tokens=(2,)))
+    unet, (positive, prompts) = MODELS["unet"](), batch(SOURCE, CAT, WET)
+    method = MasaCtrl(start=0.0, depth=0.0, edit=prompts, words=("dog", "cat"))
+    out, whole = (run(unet, "unet", positive, m) for m in (method, MasaCtrl(start=0.0, depth=0.0)))
+    assert torch.equal(out[0], whole[0]) and out.isfinite().all() and not torch.equal(out[1:], whole[1:])
+    assert torch.equal(run(unet, "unet", positive, method), out), "nothing is left from the first run"
+    split = run(one_forward_a_cond(unet.clone()), "unet", positive, method)
+    torch.testing.assert_close(split, out, rtol=1e-4, atol=1e-3)
+    with pytest.raises(GuidanceError, match="positive is not that of the prompts"):
+        edit(unet, "unet", method, seeds=(1, 2, 3))
     with pytest.raises(GuidanceError, match="no cross attention"):
-        edit(MODELS["flux"](), "flux", method)
+        run(MODELS["flux"](), "flux", positive, method)
 
 
 def test_two_methods_for_the_same_keys_are_refused(network, family):
@@ -169,9 +171,12 @@ def test_plug_and_play_and_masactrl_go_together(network, family):
     assert torch.equal(edit(network, family, MasaCtrl(start=0.0), PlugAndPlay()), first)
 
 
+_, PROMPTS = batch(SOURCE, CAT)
 BAD = {
-    "depth": ({"depth": 1.0}, "start_depth is 1"), "one list": ({"source_tokens": (1,)}, "need both"),
-    "both": ({"source_tokens": (1,), "edit_tokens": (1,), "masks": Masks(ONES, ONES)}, "not both"),
+    "depth": ({"depth": 1.0}, "start_depth is 1"), "no prompts": ({"words": ("dog",)}, "Connect the EDIT_PROMPTS"),
+    "both": ({"edit": PROMPTS, "words": ("dog", "cat"), "masks": Masks(ONES, ONES)}, "not both"),
+    "an edit says none": ({"edit": PROMPTS, "words": ("dog",)}, "'a cat runs' says none of the words dog"),
+    "nobody says it": ({"edit": PROMPTS, "words": ("dog", "cat", "cow")}, "no prompt says 'cow'"),
 }  # fmt: skip
 
 
@@ -187,9 +192,7 @@ def test_the_node():
     (method,) = plan_of(model.model_options)
     assert (method.start, method.depth, method.union) == (0.08, 0.625, False)
     assert torch.equal(method.masks.edits, ONES) and plan_of(unet.model_options) == ()
-    (model,) = call(RudderMasaCtrl, model=unet, source_tokens="5, 6", edit_tokens="7")
-    assert plan_of(model.model_options)[0].words.source == (5, 6)
+    (model,) = call(RudderMasaCtrl, model=unet, prompts=PROMPTS, words="dog, cat")
+    assert plan_of(model.model_options)[0].seen.tokens == [[2], [2]]
     with pytest.raises(ValueError, match="edit_mask needs a source_mask"):
         call(RudderMasaCtrl, model=unet, edit_mask=ONES)
-    with pytest.raises(ValueError, match="not a list of token numbers"):
-        call(RudderMasaCtrl, model=unet, source_tokens="cat")

@@ -147,7 +147,7 @@ def test_flux_has_a_list_of_its_own():
 
 
 def test_word_masks_come_from_the_steps_before():
-    edit = WordMasks(source=(1,), edits=(2,))
+    edit = WordMasks(tokens=[[1], [2]])
     first, second = step(0), step(1)
     second.states = first.states
     call = made(samples=2)
@@ -166,5 +166,5 @@ def test_word_masks_come_from_the_steps_before():
 
 
 def test_the_blocks_that_word_masks_read_are_the_papers():
-    read = [name.removesuffix(".0") for name in acting(WordMasks(source=(1,), edits=(1,)), sd15())]
+    read = [name.removesuffix(".0") for name in acting(WordMasks(tokens=[[1], [1]]), sd15())]
     assert read == ["input.7", "input.8", "output.3", "output.4", "output.5"], "16 x 16 of SD1.5"
