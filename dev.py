@@ -488,8 +488,9 @@ def refusal(answer: dict[str, Any]) -> str:
     return "ComfyUI refused the workflow:\n  " + "\n  ".join(lines or [str(top)])
 
 
-def run_prompt(address: str, prompt: dict[str, Any]) -> list[dict[str, str]]:
-    """Queue an API prompt, show its progress, and return the files it saved as the server lists them."""
+def run_prompt(address: str, prompt: dict[str, Any]) -> tuple[list[dict[str, str]], list[str]]:
+    """Queue an API prompt, show its progress, and return the files it saved, as the server lists them, and the texts
+    that its nodes show."""
     client = uuid.uuid4().hex
     with socket.create_connection(address.split(":"), timeout=60) as connection:
         messages = websocket(connection, address, f"/ws?clientId={client}")
@@ -502,7 +503,8 @@ def run_prompt(address: str, prompt: dict[str, Any]) -> list[dict[str, str]]:
         time.sleep(0.05)  # written a moment after the success message
     outputs = history[answer["prompt_id"]]["outputs"]
     files = [file for node in outputs.values() for found in node.values() for file in found]
-    return [file for file in files if isinstance(file, dict) and file.get("type") == "output"]
+    texts = [text for node in outputs.values() for text in node.get("text", ()) if isinstance(text, str)]
+    return [file for file in files if isinstance(file, dict) and file.get("type") == "output"], texts
 
 
 def follow(messages: Iterator[dict[str, Any]], prompt: dict[str, Any], prompt_id: str) -> None:
@@ -576,12 +578,14 @@ def command_run(args: argparse.Namespace, rest: list[str]) -> int:
                 prompt = convert(converter, workflow, fetch(comfy.address, "/object_info"))
                 if args.seed is not None and not set_seeds(prompt, args.seed):
                     raise Problem(f"--seed: no node of {workflow_file.name} has a seed widget")
-                files = run_prompt(comfy.address, prompt)
+                files, texts = run_prompt(comfy.address, prompt)
         except (Problem, OSError) as problem:
             raise Problem(f"{problem}\nComfyUI's log: {shutil.copy(log, out)}") from None
         for line in log.read_text(encoding="utf-8", errors="replace").splitlines():  # costs, and warnings
             if "Rudder: " in line:
                 print(line[line.index("Rudder: "):])
+    for text in texts:
+        print(text)
     for file in files:
         print(out / file["subfolder"] / file["filename"])
     return 0
