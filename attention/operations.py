@@ -46,8 +46,9 @@ class Operation:
 
     @property
     def trivial(self) -> bool:
-        """Whether it is that of equal prompts without weights."""
-        return torch.equal(self.mapper, torch.eye(*self.mapper.shape)) and bool((self.weight == 1).all())
+        """Whether it is that of equal prompts without weights. A word exchanged for another has the same mapper."""
+        same = torch.equal(self.mapper, torch.eye(*self.mapper.shape)) and not bool(self.edited.any())
+        return same and bool((self.weight == 1).all())
 
     def weighted(self, tokens: Sequence[int], weight: float) -> Operation:
         factor = torch.ones_like(self.weight)

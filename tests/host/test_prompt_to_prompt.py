@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import comfy.sample
 import pytest
 import torch
 
+from rudder.attention.contract import AttentionEdit
 from rudder.attention.edit_prompts import EditPrompts
 from rudder.attention.operations import operation
 from rudder.attention.prompt_to_prompt import TextMaps
@@ -90,6 +93,25 @@ def test_rows_do_not_mind_how_they_are_batched(family, network, options):
     positive, prompts = batch(SOURCE, WET)
     alone = run(network, family, positive, p2p(prompts, **options))
     assert torch.allclose(alone, together[[0, 2]], atol=1e-5)
+
+
+def test_an_exchanged_word_takes_the_old_words_map():
+    """One token for one token: in every cross-attention the edit's probabilities are the source's."""
+    positive, prompts = batch(SOURCE, CAT)
+    network, seen = MODELS["unet"](), []
+
+    @dataclass(frozen=True, kw_only=True, eq=False)
+    class Watched(AttentionEdit):
+        kinds = frozenset({"cross"})
+
+        def output(self, call, attend):
+            seen.append((call, attend()))
+            return seen[-1][1]
+
+    run(network, "unet", positive, p2p(prompts, self_end=0.0), Editing(edit=Watched(), on=("cond",)), steps=1)
+    assert len(seen) == 7
+    for met, out in seen:
+        assert torch.allclose(out[1], met.probabilities()[0] @ met.v[1], atol=1e-5)
 
 
 def test_a_text_of_several_blocks_in_the_negative_changes_nothing(network, family):
