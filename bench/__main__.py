@@ -13,6 +13,7 @@ TABLES = {
     "exact": ("exact", "distance of every method to the true law, in worlds that are known in closed form"),
     "edit": ("edit", "editing by attention: is the edit made, and does the rest stay"),
     "cost": ("cost", "time of a step of every method against one batched evaluation of the same conds"),
+    "memory": ("memory", "memory of editing by attention in networks of full size, by shapes alone"),
     "import": ("import_time", "how long ComfyUI waits for the pack at start-up"),
     "calibrate": ("calibrate", "how well the demo models draw what is common and rare, plain CFG alone"),
 }

@@ -16,7 +16,8 @@ REPA (arXiv 2410.06940, recalled), shortens the time in which the transformer le
 tokens must name the noun, attribute and texture at their place. The head that reads them is not shipped. --text starts
 from the text encoder of another model, as full-size models share theirs; --teacher also learns from what a trained UNet
 predicts for the same noisy latents (at first almost only, in the end not at all): the mean over the pictures that are
-possible, where the one picture is mostly chance.
+possible, where the one picture is mostly chance. --shift moves the times: a transformer that draws what is asked with
+sloppy edges errs in the middle of the run.
 Prompts are dropped now and then, for classifier-free guidance. The schedule runs on the clock: it ends after --minutes
 of training, however fast the machine is.
 """
@@ -51,6 +52,7 @@ TEXT = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, 
 SNR_CAP, PROMPT_DROPOUT, EMA = 5.0, 0.1, 0.999
 HIGH = 2.0  # sigma from which the UNet's loss is that of x0, up to a factor
 SHIFT = 0.8  # of the transformer's logit-normal times; see the module's docstring
+TAUGHT = 0.7  # the time up to which the teacher leads: above, a transformer that has learnt the words is the better one
 KINDS = (len(world.NOUNS), len(world.ATTRIBUTES), len(world.TEXTURES))  # what the auxiliary task tells apart
 NAMING = 0.05  # weight of the auxiliary task
 
@@ -78,7 +80,7 @@ class Networks(torch.nn.Module):
         torch.nn.init.normal_(tables.token_embedding.weight, std=0.5)
         torch.nn.init.normal_(tables.position_embedding.weight, std=0.02)
         self.forward = self.flow if "flux" in config else self.epsilon
-        self.taught = None  # the teacher's `velocity`
+        self.taught, self.shift = None, SHIFT  # the teacher's `velocity`
         if "flux" in config:
             self.head = torch.nn.Sequential(torch.nn.LayerNorm(FLUX["hidden_size"]),
                                             torch.nn.Linear(FLUX["hidden_size"], sum(KINDS)))
@@ -116,13 +118,13 @@ class Networks(torch.nn.Module):
              ) -> torch.Tensor:
         """Rectified flow: x_t = (1 - t) z + t noise, target noise - z, t logit-normal from the uniform u; and what the
         hidden image tokens say is where. truth [B, 3, 8, 8], progress of the training 0..1."""
-        t = torch.sigmoid(torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4)) + SHIFT).view(-1, 1, 1, 1)
+        t = torch.sigmoid(torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4)) + self.shift).view(-1, 1, 1, 1)
         noise = torch.randn_like(z)
         text = self.text(tokens)
         x, target = (1 - t) * z + t * noise, noise - z
         if self.taught:
-            known = t < 0.93  # the UNet's last sigma is 14.6
-            target = target.lerp(self.taught(x, t.clamp(max=0.93), tokens), known * (1 - progress**2))
+            known = t < TAUGHT
+            target = target.lerp(self.taught(x, t.clamp(max=TAUGHT), tokens), known * (1 - progress**2))
         error = self.net(x, t.flatten(), text[0].float(), text[3].float()).float() - target
         names = self.head(self.hidden).float().movedim(-1, 1).split(KINDS, 1)
         wrong = sum(torch.nn.functional.cross_entropy(said, true, ignore_index=-1)
@@ -169,6 +171,7 @@ def work(rank: int, processes: int, arg: argparse.Namespace) -> None:
     torch.manual_seed(arg.seed)
     device = torch.device(arg.device)
     net = Networks(demo, config).to(device)
+    net.shift = arg.shift
     earlier = start_from(net, arg.kind, arg.start) if arg.start else {}
     if arg.text:
         print(adopt(net.text, arg.text, "text.clip_l.transformer."), "tensors of the text encoder", flush=True)
@@ -247,6 +250,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--start", type=Path, help="a shipped model to go on from")
     parser.add_argument("--text", type=Path, help="a shipped model whose text encoder to start from")
+    parser.add_argument("--shift", type=float, default=SHIFT, help="flux: of the times; lower for edges and details")
     parser.add_argument("--teacher", type=Path, help="flux: a shipped UNet to learn from as well")
     parser.add_argument("--out", type=Path, required=True)
     arg = parser.parse_args()

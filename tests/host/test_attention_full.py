@@ -9,55 +9,26 @@ from __future__ import annotations
 import gc
 import math
 from collections import Counter
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
-import comfy.ldm.flux.model as flux
 import comfy.model_management
 import comfy.model_patcher
-import comfy.ops
 import comfy.supported_models as supported
 import pytest
 import torch
-from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
-from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 from rudder.attention.contract import AttentionEdit
+from rudder.bench.architectures import FLUX, NETWORKS, SD3, SD15, SDXL
 from rudder.host import add_guidance
 from rudder.host.attention import Attention
 
 from .models import evaluate
 from .test_attention import Editing, Same, SameMap
 
-UNET = {
-    "image_size": 32, "use_spatial_transformer": True, "legacy": False, "in_channels": 4, "out_channels": 4,
-    "model_channels": 320, "use_temporal_attention": False,
-}
-SD15 = UNET | {
-    "adm_in_channels": None, "num_res_blocks": [2, 2, 2, 2], "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
-    "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], "transformer_depth_middle": 1,
-    "channel_mult": [1, 2, 4, 4], "context_dim": 768, "use_linear_in_transformer": False,
-}
-SDXL = UNET | {
-    "num_classes": "sequential", "adm_in_channels": 2816, "num_res_blocks": [2, 2, 2],
-    "transformer_depth": [0, 0, 2, 2, 10, 10], "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
-    "transformer_depth_middle": 10, "channel_mult": [1, 2, 4], "context_dim": 2048, "use_linear_in_transformer": True,
-}
 FEW_SDXL = SDXL | {
     "num_res_blocks": [1, 1, 1], "transformer_depth": [0, 1, 1], "transformer_depth_output": [0, 0, 1, 1, 1, 1],
     "transformer_depth_middle": 1,
-}
-FLUX = {
-    "image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "vec_in_dim": 768,
-    "context_in_dim": 4096, "hidden_size": 3072, "mlp_ratio": 4.0, "num_heads": 24, "depth": 19,
-    "depth_single_blocks": 38, "axes_dim": [16, 56, 56], "theta": 10000, "qkv_bias": True, "guidance_embed": True,
-    "txt_ids_dims": [],
-}
-FLUX = {key: value for key, value in FLUX.items() if key in {f.name for f in fields(flux.FluxParams)} | {"image_model"}}
-SD3 = {
-    "in_channels": 16, "patch_size": 2, "depth": 24, "input_size": None, "adm_in_channels": 2048, "num_patches": 36864,
-    "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 4096, "out_features": 1536}},
-    "pos_embed_max_size": 192, "pos_embed_scaling_factor": None,
 }
 
 
@@ -77,13 +48,6 @@ class Count(AttentionEdit):
         return torch.zeros_like(call.q)
 
 
-META = {"dtype": torch.float32, "device": "meta", "operations": comfy.ops.disable_weight_init}
-NETWORKS = {
-    "SD1.5": (lambda: UNetModel(**SD15, num_heads=8, num_head_channels=-1, **META), 4, (77, 768), None),
-    "SDXL": (lambda: UNetModel(**SDXL, num_heads=-1, num_head_channels=64, **META), 4, (77, 2048), 2816),
-    "Flux": (lambda: flux.Flux(**FLUX, **META), 16, (256, 4096), 768),
-    "SD3 medium": (lambda: MMDiT(**SD3, **META), 16, (154, 4096), 2048),
-}
 HITS = {
     "SD1.5": {"self": 16, "cross": 16},
     "SDXL": {"self": 70, "cross": 70},
@@ -94,13 +58,8 @@ HITS = {
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_hits_of_one_forward(name):
-    build, channels, text, pooled = NETWORKS[name]
-    network, x = build(), torch.zeros(2, channels, 64, 64, device="meta")
-    inputs = {"context": torch.zeros(2, *text, device="meta")}
-    if pooled:
-        inputs["y"] = torch.zeros(2, pooled, device="meta")
-    if name == "Flux":
-        inputs["guidance"] = torch.zeros(2, device="meta")
+    whole = NETWORKS[name]
+    network, inputs, x = whole.on_meta(), whole.inputs(2), torch.zeros(2, whole.channels, 64, 64, device="meta")
     attention = Attention()
     attention.who, attention.step = {0: ("uncond",), 1: ("cond",)}, SimpleNamespace(x=x[:1])
     edit = Count()

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from rudder import bench
-from rudder.bench import calibrate, cells, cost, generate, guidance, guidanceworlds, rare, rareshapes, truth
+from rudder.bench import calibrate, cells, cost, generate, guidance, guidanceworlds, memory, rare, rareshapes, truth
 from rudder.guidance.blend import FixedBlend
 from rudder.guidance.contract import Prompt
 from rudder.guidance.space import Parametrisation
@@ -73,6 +73,15 @@ def test_every_method_of_the_pack_has_a_row():
     given = guidance.Given(Prompt([], "anchor"), Parametrisation.EPS, 7.5)
     rows = {type(m).__name__ for row in guidance.ROWS.values() for m in row.make(given)} - {"AsUncond"}
     assert rows | set(guidance.ELSEWHERE) == pack and not rows & set(guidance.ELSEWHERE)
+
+
+def test_no_edit_holds_a_full_map():
+    """In a whole SD1.5: no tensor as large as the probabilities of one picture, and what an edit adds is seen."""
+    rows = {row["method"]: row for row in memory.main(bench.Options(quick=True)).rows}
+    plain = rows.pop("source and edit, no method")
+    for row in rows.values():
+        assert row["largest"] < row["map"] / 4 and plain["within"] < row["within"] < row["map"] / 4
+        assert row["peak"] <= 1.05 * plain["peak"]
 
 
 def test_a_table_is_markdown_and_json(quick, tmp_path):
