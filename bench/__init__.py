@@ -32,6 +32,7 @@ class Options:
         split: which half of the prompt list, 'dev' or 'final'.
         shard: (i, k): do the i-th of k equal parts of the work.
         work: folder for what an interrupted run goes on from; None means the user's cache.
+        minutes: after which nothing more is painted, so that a table is made of what is there; None for no limit.
         precision: of the networks, a key of ``generate.PRECISIONS``.
     """
 
@@ -42,6 +43,7 @@ class Options:
     shard: tuple[int, int] = (0, 1)
     work: Path | None = None
     precision: str = "fp32"
+    minutes: float | None = None
 
 
 def prepare() -> None:

@@ -40,6 +40,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="CPU threads of torch; 1 suffers least from busy neighbours")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
                         help="of the networks; bf16 paints 1.7 times as fast on a CPU that knows it (default fp32)")
+    parser.add_argument("--minutes", type=float,
+                        help="paint no longer than this and make the table of what is there; 0: of what was painted")
     parser.add_argument("--work", type=Path, help="folder of what is done already (default: in the user's cache)")
     parser.add_argument("--out", type=Path, help="folder of the results (default bench/results; quick: none)")
     parser.epilog = "tables: " + "; ".join(f"{name}: {what}" for name, (_, what) in TABLES.items())
@@ -53,7 +55,8 @@ def main() -> None:
 
         torch.set_num_threads(threads)
     started = time.time()
-    options = Options(args.quick, tuple(args.model), args.n, args.split, args.shard, args.work, args.precision)
+    options = Options(args.quick, tuple(args.model), args.n, args.split, args.shard, args.work, args.precision,
+                      args.minutes)
     table = importlib.import_module(f".{TABLES[args.table][0]}", __package__).main(options)
     table.facts |= facts(started, args.quick)
     print(table.markdown())

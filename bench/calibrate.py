@@ -50,7 +50,8 @@ def main(options: Options) -> Table:
             if options.quick:
                 plan = [("frequent", own), ("property", own), ("property", 1.0)]
             mine = [cells.Cell(category, "dev", "cfg", cfg=cfg, n=n) for category, cfg in plan]
-            cells.paint_all([(store, job) for cell in mine for job in cells.jobs(cell, None)], options.shard)
+            cells.paint_all([(store, job) for cell in mine for job in cells.jobs(cell, None)], options.shard,
+                            minutes=options.minutes)
             rows += [row(store.painter.name, cell, store.scores(cell, judge, tag)) for cell in mine
                      if not store.missing(cells.jobs(cell, None))]
             about = store.about

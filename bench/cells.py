@@ -267,12 +267,16 @@ def digest_of_judge() -> str:
     return hashlib.sha256(content).hexdigest()[:12]
 
 
-def paint_all(work: Sequence[tuple[Store, Job]], shard: tuple[int, int], say: Callable = print) -> None:
-    """Paint what is missing of this shard's share; others may paint theirs at the same time."""
-    part, of = shard
+def paint_all(
+    work: Sequence[tuple[Store, Job]], shard: tuple[int, int], say: Callable = print, minutes: float | None = None,
+) -> None:  # fmt: skip
+    """Paint what is missing of this shard's share, for so many minutes; others may paint theirs at the same time."""
+    (part, of), begun = shard, time.monotonic()
     mine = [(store, job) for i, (store, job) in enumerate(work) if i % of == part and store.missing([job])]
     seconds = pictures = 0.0
     for done, (store, job) in enumerate(mine):
+        if minutes is not None and time.monotonic() - begun >= 60 * minutes:
+            break
         if store.missing([job]):  # another process may have been quicker
             seconds += store.paint(job)
             pictures += job.last - job.first

@@ -238,7 +238,7 @@ def main(options: Options) -> Table:
         stores = [cells.open_store(work, file, options) for file in files(options.models)]
         todo = {(store, key): families(store, key, n) for store in stores for key in ROWS}
         cells.paint_all([(store, family.job(methods)) for (store, _), some in todo.items() for family, methods in some],
-                        options.shard)
+                        options.shard, minutes=options.minutes)
         for store in stores:
             found: dict[str, list[Made]] = {}
             for key in ROWS:

@@ -370,7 +370,7 @@ def main(options: Options) -> Table:
         todo = [(store, key, cfg, cells_of(key, cfg, n, store.painter.parametrisation))
                 for key, cfg in plan(options.quick) for store in stores]
         cells.paint_all([(store, job) for store, _, _, pair in todo for cell in pair for job in jobs_of(store, cell)],
-                        options.shard)
+                        options.shard, minutes=options.minutes)
         parts, absent = guidanceworlds.parts(options, work)
         prompts = [p for cell in cells_of(PLAIN, 1.0, n) for p in cell.prompts]
         true = truth.Truth.of(prompts, reader, 4 if options.quick else truth.EACH)

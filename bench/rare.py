@@ -192,7 +192,7 @@ def main(options: Options) -> Table:
                 for category, method, anchor in plan(options.quick) for store in stores]
         cells.paint_all([(store, job) for store, cell in todo for job in
                          cells.jobs(cell, ROWS[cell.method].on(cell.category, store.painter.parametrisation))],
-                        options.shard)
+                        options.shard, minutes=options.minutes)
         ready = [(s, cell) for s, cell in todo if not s.missing(cells.jobs(cell, None))]
         found = Found({(s.painter.name, c.category, c.method, c.anchor): s.scores(c, reader, tag) for s, c in ready})
         sheets = {s.painter.name: sheet(s, [c for o, c in ready if o is s]) for s in stores}

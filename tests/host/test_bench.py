@@ -292,6 +292,13 @@ def test_more_pictures_go_on_where_fewer_stopped_and_other_settings_do_not(store
     assert slower.folder != store.folder
 
 
+def test_painting_ends_when_its_minutes_are_over(store, monkeypatch):
+    monkeypatch.setattr(cells, "BATCH", 4)
+    work = work_of(store)
+    cells.paint_all(work, (0, 1), quiet, minutes=0)
+    assert len(store.missing([j for _, j in work])) == 3
+
+
 def test_half_precision_is_nearly_the_same_picture_in_a_folder_of_its_own(store, demo_files):
     half = generate.Painter(store.painter.file, "bf16")
     assert cells.Store(store.folder.parent, half, store.settings).folder != store.folder
