@@ -26,7 +26,7 @@ OTHERS = 0.55  # the share of the residual blocks of another UNet before that on
 
 def decoder(site: Site) -> bool:
     """Where q and k are shared if nobody says: a UNet's decoder, all of a transformer."""
-    return site.kind == "joint" or site.index >= int(DECODER * site.count)
+    return not site.unet or site.index >= int(DECODER * site.count)
 
 
 @dataclass(frozen=True, kw_only=True)

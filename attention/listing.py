@@ -28,7 +28,7 @@ class ListSites(AttentionEdit):
     found: dict[tuple[str, str], Met] = field(default_factory=dict)
 
     title = "Inspect Attention"
-    kinds = frozenset({"self", "cross", "joint", "residual"})
+    kinds = frozenset({"self", "cross", "joint", "image", "residual"})
 
     def add(self, met: Met) -> None:
         self.found.setdefault((met.name, met.kind), met)

@@ -8,7 +8,8 @@ half, each with its own half's source. Its variants: union (k and v are [source;
 
 On transformers the keys and values of image tokens come from the source, those of the text stay. Blocks that carry
 positions would print the source's layout: the 13 of Flux that carry content are FreeFlux's (Wei et al., ICCV 2025,
-arXiv 2503.16153, official code); on other transformers a share of the depth stands in (derived).
+arXiv 2503.16153, official code); on other transformers (SD3, Qwen-Image, Lumina 2, Z-Image, Wan), for which no list is
+published, a share of the depth stands in (derived).
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ class Mutual(AttentionEdit):
             return super().acts_at(site)
         if site.kind == "joint" and site.count == FLUX_BLOCKS and self.depth > 0:
             return site.index in FLUX_CONTENT
+        if site.name.startswith("refiner"):  # they come before the blocks
+            return self.depth == 0
         return site.index >= int(self.depth * site.count)
 
     @property

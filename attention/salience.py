@@ -11,11 +11,15 @@ from torch import Tensor
 from .contract import AttentionEdit, Call, scores
 from .sites import Site
 
+AT_ONCE = 2**26  # probabilities that exist at a time
+
 
 def received(q: Tensor, k: Tensor) -> Tensor:
     """Attention that each token gets from all, ``[R, tokens]``, 1 on average: the mean over heads; q and k are ``[R,
-    heads, tokens, D]``. One head at a time: the maps of a large picture are never held together."""
-    return sum(scores(q[:, i], k[:, i]).softmax(-1).sum(-2) for i in range(q.shape[1])) / q.shape[1]
+    heads, tokens, D]``. One head at a time, and of a video some of its rows: the maps are never held together."""
+    stride = max(1, AT_ONCE // (len(q) * k.shape[2]))
+    parts = ((part, k[:, i]) for i in range(q.shape[1]) for part in q[:, i].split(stride, 1))
+    return sum(scores(*part).softmax(-1).sum(-2) for part in parts) / q.shape[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +41,10 @@ class Salience(AttentionEdit):
         """``blocks`` "" is the middle of a UNet, and of a transformer the block half-way."""
         if self.blocks:
             return super().acts_at(site)
-        return site.name == "middle.0" if site.kind == "self" else site.kind == "joint" and (
-            site.index == site.count // 2)
+        if site.unet:
+            return site.name == "middle.0" and site.kind == "self"
+        whole = site.kind == "joint" or site.kind == "self" and site.name.startswith("block")
+        return whole and site.index == site.count // 2
 
     def output(self, call: Call, attend: Callable[..., Tensor]) -> Tensor:
         chunks = [i for i, role in enumerate(call.roles) if role in ("cond", "uncond")]

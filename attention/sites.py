@@ -36,6 +36,11 @@ class Site:
     image: slice = field(default_factory=lambda: ALL)
 
     @property
+    def unet(self) -> bool:
+        """Whether it is of a UNet, whose names tell its half."""
+        return self.name.startswith(("input", "middle", "output"))
+
+    @property
     def depth(self) -> float:
         """0 at the first site of the kind, 1 at the last."""
         return self.index / max(self.count - 1, 1)

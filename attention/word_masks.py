@@ -46,7 +46,7 @@ class WordMasks(AttentionEdit):
     def output(self, call: Call, attend: Callable[..., Tensor]) -> Tensor:
         if "cond" in call.roles:
             chunk, state = call.roles.index("cond"), self.settled(call.step)
-            q, k = (call.by_sample(tokens)[chunk] for tokens in (call.q, call.k))
+            q, k = (call.by_sample(tokens)[chunk] for tokens in (call.q[:, :, call.site.image], call.k))
             maps = scores(q, k).softmax(-1).mean(1)  # [samples, tokens, text]
             heat = torch.stack([one[:, list(tokens)].sum(-1) for one, tokens in zip(maps, self.tokens)])
             heat = heat.unflatten(1, call.site.grid).mean(1)[:, None]

@@ -1,7 +1,8 @@
 """NAG: a negative prompt at any cfg, also at 1, for few-step and distilled models.
 
-Chen et al., arXiv 2505.21179. What it does inside attention is in ``attention/nag.py``. On UNets (SD1.5, SD2, SDXL) it
-costs no model evaluation, only a second attention to text; on joint attention (Flux, SD3) one evaluation a step.
+Chen et al., arXiv 2505.21179. What it does inside attention is in ``attention/nag.py``. On UNets (SD1.5, SD2, SDXL)
+and on Wan it costs no model evaluation, only a second attention to text; on joint attention (Flux, SD3, Qwen-Image,
+Lumina 2, Z-Image) one evaluation a step.
 """
 
 from __future__ import annotations

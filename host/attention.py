@@ -33,7 +33,7 @@ def check_edit(title: str, edit: AttentionEdit, sites: Sequence[Site], model: to
     if not sites:
         raise GuidanceError(
             f"{title}: the attention of '{type(model).__name__}' is not known to Rudder. It works on SD1.5, SD2 "
-            "and SDXL UNets, Flux, Chroma and SD3. Remove the node for this model."
+            "and SDXL UNets, Flux, Chroma, SD3, Qwen-Image, Lumina 2, Z-Image and Wan. Remove the node for this model."
         )
     try:
         found = any(edit.acts_at(site) for site in sites)
@@ -45,7 +45,8 @@ def check_edit(title: str, edit: AttentionEdit, sites: Sequence[Site], model: to
         raise GuidanceError(
             f"{title}: no {kinds} attention of this model is called '{edit.blocks}'. It has: {', '.join(names)}."
             if names else f"{title}: this model has no {kinds} attention. Its kinds are: "
-            f"{', '.join(sorted({site.kind for site in sites}))}."
+            f"{', '.join(sorted({site.kind for site in sites}))}. Remove the node for this model, or what asks for it "
+            "in the node (words, for instance)."
         )
 
 
@@ -61,7 +62,7 @@ class Pass:
     samples: int  # of each chunk
     lengths: list[int | None]  # text tokens of each chunk, before the host repeats them to the length of others
     texts: Mapping[Any, list[dict]]  # processed conds of the prompt branches
-    module: torch.nn.Module | None = None  # whose attention is pending
+    tap: Tap | None = None  # whose attention is pending
     pending: list[Site] = dataclasses.field(default_factory=list)
     met: Counter = dataclasses.field(default_factory=Counter)
 
@@ -128,8 +129,9 @@ class Attention:
         if len(missed) == len(wanted):
             raise GuidanceError(
                 f"{edit.title}: the attention of '{edit.blocks or 'all blocks'}' did not run through the host, so it "
-                "could not act. Another node on this MODEL replaces it (an attention replacement, a skipped layer); "
-                "remove that node or choose other blocks."
+                "could not act. Another node on this MODEL replaces it (an attention replacement, a skipped layer): "
+                "remove that node or choose other blocks. Or the model is run bit by bit with a memory of its own "
+                "(autoregressive video): use another sampler."
             )
         if missed and not self.told:
             self.told = True
@@ -146,7 +148,7 @@ def tapped(tap: Tap, now: Pass) -> list:
     def before(_, args: tuple, kwargs: dict) -> None:
         if tap.read is not None:
             tap.read(now.layout, args, kwargs)
-        now.pending, now.module = list(tap.sites), tap.module
+        now.pending, now.tap = list(tap.sites), tap
 
     def after(*_) -> None:
         now.pending = []
@@ -247,7 +249,7 @@ def to_other_text(now: Pass, kernel: Kernel) -> Callable[[Tensor, Any], Tensor]:
                 "only its text is read here. Give one plain prompt."
             )
         text = entries[0]["model_conds"]["c_crossattn"].process_cond(batch_size=now.samples, area=None).cond.to(q)
-        rows = [project(text).repeat(len(q) // now.samples, 1, 1) for project in (now.module.to_k, now.module.to_v)]
+        rows = [tokens.repeat(len(q) // now.samples, 1, 1) for tokens in now.tap.text(text)]
         return kernel.split_output(kernel.call(kernel.join(q), *rows, None))
 
     return attend
@@ -348,10 +350,10 @@ def with_layout(site: Site, layout: Layout, q: Tensor, k: Tensor, kernel: Kernel
     """``site`` with the tokens of this pass."""
     queries, keys = (t.shape[2 if kernel.heads_apart else 1] for t in (q, k))
     size = math.prod(layout.grid) if layout.grid else 0
-    joint, first = site.kind == "joint", 0
-    if joint:
-        first, size = layout.text or 0, 0 if layout.text is None else size
-    grid = layout.grid if size and (first + size <= queries if joint else size == queries) else None
-    image = slice(first, first + size if grid else queries)
-    text = {"cross": slice(0, keys), "joint": slice(0, first)}.get(site.kind, slice(0))
+    first = layout.image if layout.image is not None else layout.text if site.kind == "joint" else 0
+    alone = layout.image is None and site.kind != "joint"
+    fits = first is not None and (size == queries if alone else first + size <= queries)
+    grid = layout.grid if size and fits else None
+    image = slice(first or 0, first + size if grid else queries)
+    text = {"cross": slice(0, keys), "joint": slice(0, layout.text or 0)}.get(site.kind, slice(0))
     return dataclasses.replace(site, grid=grid, image=image, text=text)

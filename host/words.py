@@ -23,7 +23,8 @@ def encoded(clip: Any, texts: Sequence[str]) -> tuple[list, EditPrompts]:
     """One CONDITIONING with a row for each of ``texts``, and where their words are.
 
     Prompts of different length get one: padding where the encoder pads (T5), empty blocks where CLIP stands before T5
-    (SD3), else the features are repeated, which changes nothing in cross-attention.
+    (SD3), else CLIP's features are repeated, which changes nothing in cross-attention. Language models (Qwen-Image,
+    Lumina 2, Z-Image) know no padding: there the prompts must have as many tokens as each other.
 
     Raises:
         ValueError: the prompts cannot be one batch.
@@ -31,6 +32,7 @@ def encoded(clip: Any, texts: Sequence[str]) -> tuple[list, EditPrompts]:
     every = [clip.tokenize(text, return_word_ids=True) for text in texts]
     conds = [clip.encode_from_tokens_scheduled(bare(tokens)) for tokens in every]
     names = axis(clip, every[0], conds[0][0][0].shape[1])
+    check_lengths([entries[0][0].shape[1] for entries in conds], names)
     if level(clip, every, names):
         conds = [clip.encode_from_tokens_scheduled(bare(tokens)) for tokens in every]
     if len({len(entries) for entries in conds}) > 1:
@@ -39,6 +41,15 @@ def encoded(clip: Any, texts: Sequence[str]) -> tuple[list, EditPrompts]:
     layouts = tuple(tuple(layout(clip, tokens, name) for name in names) for tokens in every)
     batch = [stacked(entries) for entries in zip(*conds)]
     return batch, EditPrompts(tuple(texts), layouts, tuple(features for features, _ in batch))
+
+
+def check_lengths(lengths: Sequence[int], names: Sequence[str]) -> None:
+    """Refuse prompts of different length where neither padding nor repeating leaves them what they are."""
+    if len({*lengths}) > 1 and not (names and all(name in CLIPS or "t5" in name for name in names)):
+        raise ValueError(
+            f"The prompts have {', '.join(map(str, lengths))} tokens, and this text encoder does not pad them, so they "
+            "cannot be one batch. Write edits of as many tokens as the source: exchange a word for one of like length."
+        )
 
 
 def bare(tokens: dict[str, Chunks]) -> dict:
@@ -111,9 +122,9 @@ def layout(clip: Any, tokens: dict[str, Chunks], name: str) -> Tokens:
 
 def starts(piece: str, before: str) -> bool:
     """Whether a piece begins a new word after the pieces of the word so far: it says so (SentencePiece's low line, the
-    dotted G of byte-level BPE), or one is punctuation and the other not."""
-    said = before.lstrip("▁Ġ")
-    return piece.startswith(("▁", "Ġ")) or bool(said) and piece.isalnum() != said.isalnum()
+    dotted G of byte-level BPE, its dotted C for a new line), or one is punctuation and the other not."""
+    said = before.lstrip("▁ĠĊ")
+    return piece.startswith(("▁", "Ġ", "Ċ")) or bool(said) and piece.isalnum() != said.isalnum()
 
 
 def read(tokenizer: Any, word: list) -> str:

@@ -13,8 +13,8 @@ from .guidance import CATEGORY, blocks_input, model_input, model_output, patched
 
 def contrast_blocks() -> io.String.Input:
     return blocks_input(
-        f"Where attention is made worse. Empty: what suits the model's family ('{BLOCKS}'; the papers', for Flux "
-        "provisional, found on the small demo Flux). Or names, ranges and lists: 'middle', 'output.3-5', 'joint.7', "
+        f"Where attention is made worse. Empty: what suits the model's family ('{BLOCKS}'; the papers', on "
+        "transformers but SD3 provisional). Or names, ranges and lists: 'middle', 'output.3-5', 'joint.7', "
         "'double.4, single.0-9', 'all'. More or deeper blocks push harder."
     )
 

@@ -19,7 +19,7 @@ class RudderNAG(io.ComfyNode):
             category=CATEGORY,
             description="A negative prompt that works at any cfg, also at 1: for few-step and distilled models "
             "(Lightning, LCM, DMD2, Flux). It acts inside the attention to text. NAG (arXiv 2505.21179). No further "
-            "model evaluation on SD1.5 and SDXL, one a step on Flux and SD3.",
+            "model evaluation on SD1.5, SDXL and Wan, one a step on other transformers.",
             search_aliases=["nag", "normalized attention guidance", "negative prompt cfg 1", "few step negative"],
             inputs=[
                 model_input(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer, SpatialVideoTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
@@ -22,6 +24,10 @@ def read_grid(layout: Layout, args: tuple, kwargs: dict) -> None:
     layout.grid = (1, *x.shape[-2:])
 
 
+def keys_values(attention: torch.nn.Module) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    return lambda text: (attention.to_k(text), attention.to_v(text))
+
+
 def taps(model: UNetModel) -> list[Tap]:
     blocks = [(f"input.{i}", block) for i, block in enumerate(model.input_blocks)]
     blocks += [("middle", model.middle_block)] if model.middle_block is not None else []
@@ -36,7 +42,7 @@ def taps(model: UNetModel) -> list[Tap]:
                 out.append(Tap(layer, read=read_grid))
                 for i, inner in enumerate(layer.transformer_blocks):
                     kind = "cross" if inner.disable_self_attn else "self"
-                    out.append(Tap(inner.attn1, (Site(f"{name}.{i}", kind),)))
+                    out.append(Tap(inner.attn1, (Site(f"{name}.{i}", kind),), text=keys_values(inner.attn1)))
                     if inner.attn2 is not None:
-                        out.append(Tap(inner.attn2, (Site(f"{name}.{i}", "cross"),)))
+                        out.append(Tap(inner.attn2, (Site(f"{name}.{i}", "cross"),), text=keys_values(inner.attn2)))
     return out

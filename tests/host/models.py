@@ -90,23 +90,93 @@ def tiny_sd3(disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
     return _patcher(Tiny(unet), tiny_sd3)
 
 
-def tiny_wan(disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
-    """Wan 2.1 in small: rectified flow on 5-D video latents of 16 channels."""
+WAN = {
+    "image_model": "wan2.1", "model_type": "t2v", "dim": 32, "ffn_dim": 64, "freq_dim": 32, "in_dim": 16, "out_dim": 16,
+    "text_dim": CONTEXT, "text_len": 512, "num_heads": 2, "num_layers": 2, "patch_size": (1, 2, 2),
+    "window_size": (-1, -1), "qk_norm": True, "cross_attn_norm": True, "eps": 1e-6,
+}
+
+
+def tiny_wan(disable_dynamic: bool = False, **options) -> comfy.model_patcher.ModelPatcher:
+    """Wan 2.1 in small: rectified flow on 5-D video latents of 16 channels, self- and cross-attention."""
 
     class Tiny(comfy.supported_models.WAN21_T2V):
         pass
 
+    return _patcher(Tiny({**WAN, **options}), tiny_wan)
+
+
+def tiny_wan_i2v(disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """The same for image-to-video: it also looks at 1280 features of a start picture."""
+
+    class Tiny(comfy.supported_models.WAN21_I2V):
+        pass
+
+    return _patcher(Tiny({**WAN, "model_type": "i2v", "in_dim": 36}), tiny_wan_i2v)
+
+
+def tiny_vace(disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """VACE in small: beside the video's blocks others attend over a control video."""
+
+    class Tiny(comfy.supported_models.WAN21_Vace):
+        pass
+
+    return _patcher(Tiny({**WAN, "model_type": "vace", "vace_layers": 1, "vace_in_dim": 96}), tiny_vace)
+
+
+def tiny_scail(disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """SCAIL in small, a Wan whose attention Rudder does not know."""
+
+    class Tiny(comfy.supported_models.WAN21_SCAIL):
+        pass
+
+    return _patcher(Tiny({**WAN, "model_type": "scail", "in_dim": 20}), tiny_scail)
+
+
+def tiny_qwen(disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """Qwen-Image in small: rectified flow on 5-D latents of one frame, joint attention."""
+
+    class Tiny(comfy.supported_models.QwenImage):
+        pass
+
     unet = {
-        "image_model": "wan2.1", "model_type": "t2v", "dim": 32, "ffn_dim": 64, "freq_dim": 32, "in_dim": 16,
-        "out_dim": 16, "text_dim": CONTEXT, "text_len": 512, "num_heads": 2, "num_layers": 1, "patch_size": (1, 2, 2),
-        "window_size": (-1, -1), "qk_norm": True, "cross_attn_norm": True, "eps": 1e-6,
+        "image_model": "qwen_image", "in_channels": 64, "out_channels": 16, "num_layers": 2, "attention_head_dim": 32,
+        "num_attention_heads": 2, "joint_attention_dim": CONTEXT, "axes_dims_rope": (8, 12, 12),
     }
-    return _patcher(Tiny(unet), tiny_wan)
+    return _patcher(Tiny(unet), tiny_qwen)
+
+
+NEXTDIT = {
+    "image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 64, "n_layers": 2, "n_refiner_layers": 2,
+    "n_heads": 2, "qk_norm": True, "cap_feat_dim": CONTEXT, "axes_dims": [8, 12, 12], "axes_lens": [300, 512, 512],
+}
+
+
+def tiny_lumina(disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """Lumina 2 in small: rectified flow, refiners of text and picture, joint attention with fewer keys than queries."""
+
+    class Tiny(comfy.supported_models.Lumina2):
+        pass
+
+    return _patcher(Tiny({**NEXTDIT, "n_kv_heads": 1}), tiny_lumina)
+
+
+def tiny_zimage(disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """Z-Image in small: Lumina 2 with text and picture padded to 32 tokens each."""
+
+    class Tiny(comfy.supported_models.ZImage):
+        pass
+
+    unet = {"dim": 256, "n_heads": 8, "n_kv_heads": 8, "z_image_modulation": True, "time_scale": 1000.0,
+            "pad_tokens_multiple": 32}  # the host's modulation is 256 wide
+    return _patcher(Tiny({**NEXTDIT, **unet}), tiny_zimage)
 
 
 MODELS = {"unet": tiny_unet, "flux": tiny_flux}  # the two that most tests run on
 FAMILIES = {**MODELS, "sd3": tiny_sd3}  # for what differs between kinds of attention
-CHANNELS = {"unet": 4, "flux": 16, "sd3": 16}
+MORE = {"wan": tiny_wan, "qwen": tiny_qwen, "lumina": tiny_lumina, "zimage": tiny_zimage}  # by the same tests
+CHANNELS = {"unet": 4, "flux": 16, "sd3": 16, **dict.fromkeys(MORE, 16)}
+FRAMES = {"wan": 2, "qwen": 1}  # of latents that have them
 
 
 def conditioning(seed: int, tokens: int = 7, **options) -> list:
@@ -135,7 +205,8 @@ def lora(model, seed: int) -> dict[str, torch.Tensor]:
 
 
 def latent(kind: str, batch: int = 1, size: int = 8) -> torch.Tensor:
-    return torch.zeros(batch, CHANNELS[kind], size, size)
+    frames = (FRAMES[kind],) if kind in FRAMES else ()
+    return torch.zeros(batch, CHANNELS[kind], *frames, size, size)
 
 
 def sample(

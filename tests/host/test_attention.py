@@ -29,7 +29,7 @@ from .test_branches import one_forward_a_cond
 from .test_conditioning import Control
 from .test_methods import by_guider, by_ksampler
 
-SITES = {"unet": 14, "flux": 2, "sd3": 2}
+SITES = {"unet": 14, "flux": 2, "sd3": 2, "wan": 4, "qwen": 2, "lumina": 4, "zimage": 4}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -21,7 +21,7 @@ from rudder.guidance.trace import QUANTITIES, Recorder, Trace
 from rudder.host import add_guidance, plan_of, trained_cells
 from rudder.nodes.attention import RudderAttentionEntropy, RudderPAG, RudderSAG, RudderSEG
 
-from .models import CHANNELS, FAMILIES, calls, conditioning, having, sample, tiny_wan
+from .models import CHANNELS, FAMILIES, calls, conditioning, having, sample, tiny_scail, tiny_wan
 from .registry import NEGATIVE, POSITIVE
 from .test_branches import one_forward_a_cond
 from .test_methods import call
@@ -254,8 +254,8 @@ def test_off_is_bit_identical_and_free(family, network, method):
 
 @pytest.mark.parametrize("method", [PerturbedAttention(), SelfAttentionGuidance()], ids=["PAG", "SAG"])
 def test_a_model_of_another_family_is_refused(method):
-    with pytest.raises(GuidanceError, match="the attention of 'WanModel' is not known to Rudder"):
-        sample(wired(tiny_wan(), method), "wan", POSITIVE, NEGATIVE, image=torch.zeros(1, 16, 2, 4, 4), steps=1)
+    with pytest.raises(GuidanceError, match="the attention of 'SCAILWanModel' is not known to Rudder"):
+        sample(wired(tiny_scail(), method), "wan", POSITIVE, NEGATIVE, image=torch.zeros(1, 16, 2, 4, 4), steps=1)
 
 
 # ---------------------------------------------------------------- ComfyUI's own nodes
