@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from rudder.demo import draw, world
 from rudder.demo.data import load_vae
-from rudder.demo.trainlib import rate
+from rudder.demo.trainlib import half, rate
 
 from .judge import CLASSES, DEFAULT, OBJECT, Judge, Network, load
 
@@ -98,7 +98,7 @@ def round_trip(vae, images: Tensor, generator: torch.Generator, noise: float = 0
     out = []
     for b in images.split(50):
         x = warp(b.float() / 127.5 - 1, wobble * torch.rand(len(b), generator=generator), generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        with half():
             z = model.encode(x.contiguous(memory_format=torch.channels_last)).float()
             grain = torch.randn(z.shape, generator=generator)
             grain[::2] = 3 * functional.avg_pool2d(functional.pad(grain[::2], (1, 1, 1, 1), mode="replicate"), 3, 1)
@@ -202,7 +202,7 @@ def train(arg: argparse.Namespace) -> None:
         images = torch.cat([decoded[at], data["images"][clean]]).float() / 255
         index = torch.cat([which[at], clean])
         x = augment(images, generator).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with half():
             logits, attention, _, _ = net(x)
         loss, accuracy = loss_of(logits, attention, {k: v[index] for k, v in data.items() if k != "images"})
         loss.backward()

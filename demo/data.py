@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 
 from . import draw, words, world
-from .trainlib import MODELS, host, in_parallel, to_input
+from .trainlib import MODELS, half, host, in_parallel, to_input
 
 SHARD = 2500
 
@@ -63,7 +63,7 @@ def work(rank: int, processes: int, arg: argparse.Namespace) -> None:
         if file.exists():
             continue
         images = torch.from_numpy(draw.render(scenes_of(seed))[0]).permute(0, 3, 1, 2)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), half():
             z = torch.cat([vae["model"].encode(to_input(b)).float() for b in images.split(50)])
         np.save(file.with_suffix(".part.npy"), ((z - vae["mean"]) / vae["std"]).half().numpy())
         file.with_suffix(".part.npy").rename(file)  # never a half-written shard

@@ -33,7 +33,7 @@ import torch
 
 from . import world
 from .data import Pictures, load_vae
-from .trainlib import MODELS, Log, adopt, average, host, in_parallel, initialise, plain_attention, rate
+from .trainlib import MODELS, Log, adopt, average, half, host, in_parallel, initialise, plain_attention, rate
 
 WIDTH, TOKENS = 96, 24  # of the text encoder and of the context; no caption of the world has more than 20 tokens
 UNET = {"image_size": 16, "in_channels": 16, "out_channels": 16, "model_channels": 64, "channel_mult": [1, 2, 2],
@@ -205,7 +205,7 @@ def work(rank: int, processes: int, arg: argparse.Namespace) -> None:
             group["lr"] = rate(clock.item(), arg.lr)
         z, tokens, truth = pictures.batch(n, PROMPT_DROPOUT)
         u = (torch.randperm(n) + torch.rand(n)) / n  # stratified noise levels
-        with torch.autocast(device.type, torch.bfloat16):
+        with half(device.type):
             loss = net(*(t.to(device) for t in (z, tokens, u, truth)), min(clock.item(), 1))
         loss.backward()
         seconds = before + time.time() - start

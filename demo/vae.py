@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .trainlib import Log, adopt, average, host, in_parallel, initialise, rate, rendered, to_input
+from .trainlib import Log, adopt, average, half, host, in_parallel, initialise, rate, rendered, to_input
 
 CONFIG = {"embed_dim": 16, "ddconfig": {
     "double_z": True, "z_channels": 16, "resolution": 64, "in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1, 1, 2],
@@ -62,7 +62,7 @@ def work(rank: int, processes: int, arg: argparse.Namespace) -> None:
         if crop:
             top, left = torch.randint(2, 31, (2,)).tolist()
             x = x[..., top:top + 32, left:left + 32].contiguous()
-        with torch.autocast("cpu", torch.bfloat16):
+        with half():
             loss, y = loss_of(vae, x)
         loss.backward()
         clock.fill_((time.time() - start) / (60 * arg.minutes))
