@@ -58,6 +58,7 @@ PYTHONS = ((3, 10), (3, 13))
 TEMP = ("TMPDIR", "TEMP", "TMP")
 DISK_GB = 10  # the packages, the environment they become (5 GB stay), and pip's cache of them
 START_SECONDS = 600
+MOST_JOBS = 4  # phases of tests at a time: each takes 2 to 4 GB of memory
 QUIET = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
 NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -74,6 +75,19 @@ class Host:
     python: Path
     version: str
     foreign: bool = False
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the test suite: ruff, or the tests of one folder, on a ComfyUI where they need one."""
+
+    kind: str
+    arguments: list[str]
+    host: Host | None
+
+    @property
+    def name(self) -> str:
+        return self.kind + (f" on ComfyUI {self.host.version}" if self.host else "")
 
 
 @dataclass(frozen=True)
@@ -604,30 +618,54 @@ def command_serve(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def command_test(args: argparse.Namespace, rest: list[str]) -> int:
-    """Every phase is a process of its own, so that the two ComfyUI versions never meet."""
+    """Every phase is a process of its own, so that the two ComfyUI versions never meet, and several can run at once."""
     python = environment()
     path = args.comfyui or os.environ.get("COMFYUI_PATH")
     hosts = [user_host(Path(path))] if path else [Host(comfyui(v, python), python, v) for v in (MAIN, FLOOR)]
-    phases: list[tuple[str, list[str] | None, Host | None]] = [("ruff", None if rest else [], None)]
-    phases += [("unit", phase_arguments("unit", rest), None)]
-    phases += [(kind, phase_arguments(kind, rest), host) for kind in ("host", "e2e") for host in hosts]
+    found = [("ruff", None if rest else [], None), ("unit", phase_arguments("unit", rest), None)]
+    found += [(kind, phase_arguments(kind, rest), host) for kind in ("host", "e2e") for host in hosts]
+    phases = [Phase(*parts) for parts in found if parts[1] is not None]
     table, failed, ran = [], False, False
-    for kind, arguments, host in phases:
-        if arguments is None:
-            continue
-        name = kind + (f" on ComfyUI {host.version}" if host else "")
-        print(f"\n=== {name}", flush=True)
-        started = time.monotonic()
-        code = run_phase(python, kind, arguments, host)
-        nothing = code == 5 and bool(rest)  # pytest: no test selected, which is fine if an argument selects
-        failed |= code != 0 and not nothing
-        ran |= not nothing
-        result = "nothing selected" if nothing else "passed" if code == 0 else f"FAILED ({code})"
-        table.append(f"  {name:24} {clock(started):>6}  {result}")
+    jobs = args.jobs or min(os.cpu_count() or 1, MOST_JOBS)
+    with contextlib.closing(run_phases(python, phases, jobs)) as ended:
+        for phase, code, took in ended:
+            nothing = code == 5 and bool(rest)  # pytest: no test selected, which is fine if an argument selects
+            failed |= code != 0 and not nothing
+            ran |= not nothing
+            result = "nothing selected" if nothing else "passed" if code == 0 else f"FAILED ({code})"
+            table.append(f"  {phase.name:24} {took:>6}  {result}")
     print("\n" + "\n".join(table), flush=True)
     if not ran:
         print("no test was selected")
     return 1 if failed or not ran else 0
+
+
+def run_phases(python: Path, phases: list[Phase], jobs: int) -> Iterator[tuple[Phase, int, str]]:
+    """Each phase with its exit code and duration as it ends, up to `jobs` at a time. A phase that runs alone prints as
+    it goes; of others, everything is printed when they end, so that their lines do not mix."""
+    jobs = min(jobs, len(phases))
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} if jobs > 1 else {}
+    waiting, running = deque(phases), []
+    with contextlib.ExitStack() as stack:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                phase = waiting.popleft()
+                private = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"rudder-{phase.kind}-")))
+                said = stack.enter_context(open(private / "said.log", "w+b")) if jobs > 1 else None
+                print(f"\n=== {phase.name}{' begins' if said else ''}", flush=True)
+                process = start_phase(python, phase, {**threads, **os.environ}, private, said)
+                stack.enter_context(stopping(process))
+                running.append((phase, process, said, time.monotonic()))
+            ended = [one for one in running if one[1].poll() is not None]
+            for one in ended:
+                running.remove(one)
+                phase, process, said, started = one
+                if said:
+                    said.seek(0)
+                    print(f"\n=== {phase.name}\n{said.read().decode(errors='replace')}", flush=True)
+                yield phase, process.returncode, clock(started)
+            if not ended:
+                time.sleep(0.1)
 
 
 def phase_arguments(kind: str, rest: list[str]) -> list[str] | None:
@@ -642,16 +680,14 @@ def phase_arguments(kind: str, rest: list[str]) -> list[str] | None:
     return [*others, *mine] if mine else None
 
 
-def run_phase(python: Path, kind: str, arguments: list[str], host: Host | None) -> int:
-    if kind == "ruff":
-        return call([str(python), "-m", "ruff", "check", str(ROOT)])
-    env = {**os.environ, **QUIET}
+def start_phase(python: Path, phase: Phase, env: dict[str, str], private: Path, said: Any) -> subprocess.Popen[Any]:
+    env = {**env, **QUIET, **dict.fromkeys(TEMP, str(private))}
     env.pop("COMFYUI_PATH", None)
-    with tempfile.TemporaryDirectory(prefix=f"rudder-{kind}-") as private:
-        env.update(dict.fromkeys(TEMP, private))
-        if host:
-            env["COMFYUI_PATH"] = str(host.tree)
-        return call([str(python), "-m", "pytest", *arguments], env)
+    if phase.host:
+        env["COMFYUI_PATH"] = str(phase.host.tree)
+    tool = ["ruff", "check", str(ROOT)] if phase.kind == "ruff" else ["pytest", *phase.arguments]
+    command = [str(python), "-m", *tool]
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=said, stderr=said and subprocess.STDOUT)
 
 
 def call(command: list[str], env: dict[str, str] | None = None) -> int:
@@ -707,7 +743,8 @@ def parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", type=int, default=8188)
     for command in (run, serve):
         command.add_argument("--out", default=str(ROOT / "out"), metavar="DIR", help="where pictures go (default out/)")
-    add("test", "ruff, unit, host and end-to-end tests; other arguments go to pytest")
+    test = add("test", "ruff, unit, host and end-to-end tests; other arguments go to pytest")
+    test.add_argument("--jobs", type=int, help=f"phases at a time (default: one for each CPU, at most {MOST_JOBS})")
     add("bench", "the proving ground; other arguments go to bench")
     add("matrix", "write COMPOSITION.md: which guidance methods go together, and what happens")
     add("python", "Python in the environment with COMFYUI_PATH set; other arguments go to Python")

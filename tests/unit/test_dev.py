@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import signal
 import socket
 import struct
@@ -363,16 +364,51 @@ def test_phases_get_their_own_paths(dev, monkeypatch, rest, unit, host):
         (["tests/unit"], {}, 0, ["unit"]),
     ],
 )
-def test_the_suite_fails_when_a_phase_does(dev, monkeypatch, arguments, codes, exit_code, phases):
+@pytest.mark.parametrize("jobs", [1, 2, 9])
+def test_the_suite_fails_when_a_phase_does(dev, monkeypatch, arguments, codes, exit_code, phases, jobs):
     ran = []
     monkeypatch.chdir(ROOT)
     monkeypatch.delenv("COMFYUI_PATH", raising=False)
     monkeypatch.setattr(dev, "environment", lambda: Path("python"))
     monkeypatch.setattr(dev, "comfyui", lambda version, python: Path(version))
-    monkeypatch.setattr(dev, "run_phase", lambda python, kind, *_: ran.append(kind) or codes.get(kind, 0))
-    args = dev.parser().parse_known_args(["test"])[0]
+
+    def start(python, phase, *_):
+        ran.append(phase.kind)
+        return subprocess.Popen([sys.executable, "-c", f"raise SystemExit({codes.get(phase.kind, 0)})"])
+
+    monkeypatch.setattr(dev, "start_phase", start)
+    args = dev.parser().parse_known_args(["test", "--jobs", str(jobs)])[0]
     assert dev.command_test(args, arguments) == exit_code
     assert ran == phases
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_phase_says_all_it_has_to_say_under_its_name(dev, monkeypatch, capfd, jobs):
+    def start(python, phase, env, private, said):
+        code = f"import time; print('{phase.kind}', 'a', flush=True); time.sleep(0.3); print('{phase.kind}', 'b')"
+        return subprocess.Popen([sys.executable, "-c", code], stdout=said)
+
+    monkeypatch.setattr(dev, "start_phase", start)
+    phases = [dev.Phase(kind, [], None) for kind in ("unit", "ruff")]
+    assert {(phase.kind, code) for phase, code, _ in dev.run_phases(Path(), phases, jobs)} == {("unit", 0), ("ruff", 0)}
+    said = capfd.readouterr().out
+    for kind in ("unit", "ruff"):
+        assert re.search(rf"=== {kind}\s+{kind} a\s+{kind} b\s", said), said
+
+
+def test_phases_end_when_the_suite_is_stopped(dev, monkeypatch):
+    started = []
+
+    def start(python, phase, *_):
+        seconds = 0 if phase.kind == "ruff" else 60
+        started.append(subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({seconds})"]))
+        return started[-1]
+
+    monkeypatch.setattr(dev, "start_phase", start)
+    phases = dev.run_phases(Path(), [dev.Phase("ruff", [], None), dev.Phase("host", [], None)], 2)
+    assert next(phases)[0].kind == "ruff" and started[1].poll() is None
+    phases.close()  # as any exception in the caller does, the one of SIGTERM among them
+    assert started[1].poll() is not None
 
 
 def test_pytest_arguments_arrive_in_order(dev):
