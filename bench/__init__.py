@@ -32,6 +32,8 @@ class Options:
         split: which half of the prompt list, 'dev' or 'final'.
         shard: (i, k): do the i-th of k equal parts of the work.
         work: folder for what an interrupted run goes on from; None means the user's cache.
+        kept: folder of the marks of finished rows (``kept.py``); None means beside the pictures.
+        check: paint the first batch of kept rows again and drop those that are no longer true.
         minutes: after which nothing more is painted, so that a table is made of what is there; None for no limit.
         precision: of the networks, a key of ``generate.PRECISIONS``.
     """
@@ -44,6 +46,8 @@ class Options:
     work: Path | None = None
     precision: str = "fp32"
     minutes: float | None = None
+    kept: Path | None = None
+    check: bool = False
 
 
 def prepare() -> None:
@@ -157,7 +161,7 @@ def commit() -> str:
     git = ["git", "-C", str(ROOT)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        measured = ("guidance", "host", "nodes", "demo", "bench/*.py")
+        measured = ("attention", "guidance", "host", "inversion", "nodes", "demo", "bench/*.py")
         changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *measured])
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -44,6 +44,8 @@ def main() -> None:
                         help="paint no longer than this and make the table of what is there; 0: of what was painted")
     parser.add_argument("--work", type=Path, help="folder of what is done already (default: in the user's cache)")
     parser.add_argument("--out", type=Path, help="folder of the results (default bench/results; quick: none)")
+    parser.add_argument("--check", action="store_true",
+                        help="paint the first batch of every kept row again and drop the rows that have changed")
     parser.epilog = "tables: " + "; ".join(f"{name}: {what}" for name, (_, what) in TABLES.items())
     args = parser.parse_args()
     if args.n is not None and args.n < 1:
@@ -56,7 +58,7 @@ def main() -> None:
         torch.set_num_threads(threads)
     started = time.time()
     options = Options(args.quick, tuple(args.model), args.n, args.split, args.shard, args.work, args.precision,
-                      args.minutes)
+                      args.minutes, None if args.quick else (args.out or RESULTS) / "kept", args.check)
     table = importlib.import_module(f".{TABLES[args.table][0]}", __package__).main(options)
     table.facts |= facts(started, args.quick)
     print(table.markdown())

@@ -44,16 +44,15 @@ def main(options: Options) -> Table:
     n = options.n or (8 if options.quick else 128)
     with cells.workplace(options) as work:
         for file in files(options.models):
-            store = cells.open_store(work, file, options)
+            store = cells.open_store(work, file, options, "calibrate")
             own = store.settings.cfg
             plan = [(c, cfg) for c in ATTRIBUTES for cfg in CFG] + [(c, own) for c in OTHERS]
             if options.quick:
                 plan = [("frequent", own), ("property", own), ("property", 1.0)]
             mine = [cells.Cell(category, "dev", "cfg", cfg=cfg, n=n) for category, cfg in plan]
-            cells.paint_all([(store, job) for cell in mine for job in cells.jobs(cell, None)], options.shard,
-                            minutes=options.minutes)
-            rows += [row(store.painter.name, cell, store.scores(cell, judge, tag)) for cell in mine
-                     if not store.missing(cells.jobs(cell, None))]
+            todo = [cells.Todo.of(store, cell, cells.jobs(cell), judge, tag) for cell in mine]
+            rows += [row(store.painter.name, done.what, store.scores(done.what, judge, tag))
+                     for done in cells.done(todo, options)]
             about = store.about
     at = {(r["model"], r["category"], r["cfg"]): r["accuracy"].value for r in rows}
     for r in rows:

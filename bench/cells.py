@@ -6,7 +6,7 @@ depend on how many are wanted: more pictures later go on where a shorter run sto
 
 Painting costs hours and judging seconds, so pictures are kept (one PNG strip a batch, with what it cost as text inside)
 and read again by whatever judge there is. A folder belongs to one state of model file, settings, prompt list and method
-code, all of them hashed into its name.
+code, all of them hashed into its name. What the judge saw outlives the pictures (``kept.py``).
 """
 
 from __future__ import annotations
@@ -33,12 +33,14 @@ from PIL import Image, PngImagePlugin
 
 from . import ROOT, Options, commit, measures, rareshapes
 from .generate import Methods, Painter, Settings
+from .kept import Kept, agree, restored, rounded, whole
 from .rareshapes import RarePrompt
 
 BATCH = 32  # pictures a file and a batch: a process that is ended loses at most these
-#: What decides a picture besides model and settings. The file of every method of a row is among them.
-CODE = ("guidance/contract.py", "guidance/space.py", "guidance/blend.py", "guidance/aapb.py", "guidance/r2f.py",
-        "host/patch.py", "host/run.py", "host/conds.py", "host/demo.py", "bench/generate.py")
+#: What decides a picture besides model, settings and methods (``code_of``).
+CODE = ("guidance/contract.py", "guidance/space.py", "attention/contract.py", "attention/sites.py", "host/patch.py",
+        "host/run.py", "host/conds.py", "host/attention.py", "host/sites/__init__.py", "host/sites/unet.py",
+        "host/sites/flux.py", "host/words.py", "host/demo.py", "bench/generate.py")
 PURE = ("guidance", "attention", "inversion", "identity")  # folders of methods
 
 
@@ -137,23 +139,26 @@ def workplace(options: Options) -> Iterator[Path]:
             yield Path(folder)
 
 
-def open_store(work: Path, file: Path, options: Options) -> Store:
-    """The store of a model file at its own settings; 6 steps when quick."""
+def open_store(work: Path, file: Path, options: Options, table: str = "scores") -> Store:
+    """The store of a model file at its own settings; 6 steps when quick. What is kept of its pictures is the table's.
+    """
     painter = Painter(file, options.precision)
-    return Store(work, painter, replace(painter.settings, steps=6) if options.quick else painter.settings)
+    settings = replace(painter.settings, steps=6) if options.quick else painter.settings
+    kept = options.kept and options.kept / f"{table}-{painter.name}.json"
+    return Store(work, painter, settings, kept, writes=options.shard[1] == 1)
 
 
 class Store:
     """The pictures of one model under one state of settings and code."""
 
-    def __init__(self, work: Path, painter: Painter, settings: Settings):
-        """``settings`` without its cfg, which is the cell's."""
-        self.painter, self.settings = painter, settings
-        state = asdict(settings) | {"cfg": None, "precision": painter.precision, "list": rareshapes.digest(),
-                                    "code": code_digest()}
-        self.state = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:12]
-        self.folder = work / f"{painter.digest}-{self.state}"
-        self.commit = commit()
+    def __init__(self, work: Path, painter: Painter, settings: Settings, kept: Path | None = None, writes: bool = True):
+        """``settings`` without its cfg, which is the cell's. ``kept``: the file of what was seen of finished pictures,
+        in the store's folder when None; ``writes``: whether this process may change it."""
+        self.painter, self.settings, self.code, self.commit = painter, settings, code_digest()[:12], commit()
+        about = asdict(settings) | {"cfg": None, "precision": painter.precision, "list": rareshapes.digest()}
+        state = json.dumps(about | {"code": self.code}, sort_keys=True)
+        self.folder = work / f"{painter.digest}-{hashlib.sha256(state.encode()).hexdigest()[:12]}"
+        self.kept = Kept(kept or self.folder / "kept.json", about | {"model": painter.digest}, writes)
 
     @property
     def about(self) -> str:
@@ -197,26 +202,33 @@ class Store:
         images, about = zip(*map(self.batch, jobs(cell, None)))
         return np.concatenate(images), list(about)
 
+    def row(self, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What is kept under ``key``, or what ``make`` sees now: with ``right``, the marks in the order of painting."""
+        if key not in self.kept.rows:
+            self.kept.put(key, rounded(make()) | {"code": self.code, "commit": self.commit})
+        return restored({k: v for k, v in self.kept.rows[key].items() if k not in ("code", "commit")})
+
+    @property
+    def older(self) -> list[str]:
+        """A sentence about kept rows that other code has painted, for the notes of a table, or nothing."""
+        old = sorted({row["commit"] for row in self.kept.rows.values() if row["code"] != self.code})
+        return [f"{self.painter.name}: rows painted at earlier commits ({', '.join(old)}); their methods' code is the "
+                "same, and `--check` paints the first batch of each again."] if old else []
+
+    def key(self, cell: Cell, tag: str) -> str:
+        """Of what the judge of that ``tag`` sees in a cell."""
+        return f"{cell.key} {cell.n} {tag}"
+
     def scores(self, cell: Cell, judge: Callable, tag: str) -> Scores:
         """The cell as ``judge`` reads it; remembered under the ``tag`` of that judge."""
-        file = self.folder / cell.key / f"scores-{tag}-{cell.n}.json"
-        if not file.is_file():
+        def seen() -> dict[str, Any]:
             images, about = self.read(cell)
             found = asdict(score(images, cell.prompts, judge)) | {
                 "evaluations": statistics.fmean(batch["evaluations"] for batch in about),
                 "seconds": statistics.median(batch["seconds"] for batch in about)}
-            with whole(file) as half:
-                half.write_text(json.dumps(found) + "\n", encoding="utf-8")
-        return Scores(**json.loads(file.read_text(encoding="utf-8")))
+            return {k: v for k, v in found.items() if k != "prompts"}
 
-
-@contextmanager
-def whole(file: Path) -> Iterator[Path]:
-    """A path to write to, which becomes ``file`` at the end: nobody reads a half-written one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    half = file.with_suffix(f".{os.getpid()}.part{file.suffix}")
-    yield half
-    half.rename(file)
+        return Scores(prompts=[p.text for p in cell.prompts], **self.row(self.key(cell, tag), seen))
 
 
 @dataclass(frozen=True)
@@ -253,10 +265,61 @@ def score(images: np.ndarray, prompts: Sequence[RarePrompt], judge: Callable) ->
     return Scores(texts, right, parts, measures.saturation(pictures).tolist(), diversity)
 
 
+def first_marks(images: np.ndarray, cell: Cell, judge: Callable) -> list[float]:
+    """The marks of a cell's first pictures."""
+    return score(images, cell.prompts[:len(images)], judge).right
+
+
 def marks(reading: Any, prompts: Sequence[RarePrompt]) -> tuple[dict[str, list[float]], list[float]]:
     """The fields of the judge's score, and 1 where all that a prompt counts as success is right, else 0."""
     parts = {name: values.tolist() for name, values in reading.score([p.truth for p in prompts]).items()}
     return parts, [float(all(parts[name][i] == 1 for name in p.success)) for i, p in enumerate(prompts)]
+
+
+@dataclass(frozen=True)
+class Todo:
+    """A row of a table: its pictures, and the key under which what is seen of them is kept. ``marks`` are the judge's
+    of the first batch's pictures, as they stand at the beginning of the row's ``right``; ``what`` is the table's."""
+
+    store: Store
+    key: str
+    jobs: Sequence[Job]
+    marks: Callable[[np.ndarray], Sequence[float]]
+    what: Any = None
+
+    @classmethod
+    def of(cls, store: Store, cell: Cell, some: Sequence[Job], judge: Callable, tag: str) -> Todo:
+        """A single cell that is kept by ``Store.scores``."""
+        return cls(store, store.key(cell, tag), some, lambda images: first_marks(images, cell, judge), cell)
+
+    def check(self) -> None:
+        """Whether a row that other code has painted is still true: its first batch is painted again, and a row whose
+        marks differ is dropped."""
+        row, first = self.store.kept.rows.get(self.key), self.jobs[0]
+        if row and row["code"] != self.store.code:
+            if self.store.missing([first]):
+                self.store.paint(first)
+            if agree(list(self.marks(self.store.batch(first)[0])), row["right"]):
+                self.store.kept.put(self.key, row | {"code": self.store.code})
+            else:
+                self.store.kept.drop(self.key)
+
+    @property
+    def kept(self) -> bool:
+        return self.key in self.store.kept.rows
+
+    @property
+    def done(self) -> bool:
+        return self.kept or not self.store.missing(self.jobs)
+
+
+def done(rows: Sequence[Todo], options: Options, say: Callable = print) -> list[Todo]:
+    """Paint what is neither kept nor painted, as far as the options go; returns what is there then."""
+    for row in rows if options.check else ():
+        row.check()
+    paint_all([(row.store, job) for row in rows if not row.kept for job in row.jobs], options.shard, say,
+              options.minutes)
+    return [row for row in rows if row.done]
 
 
 def digest_of_judge() -> str:

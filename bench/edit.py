@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -30,13 +30,12 @@ from rudder.guidance.prompt_to_prompt import PromptToPrompt
 from rudder.guidance.space import Parametrisation
 from rudder.host.words import encoded
 
-from . import ROOT, Options, Table, cells, edits, measures
+from . import Options, Table, cells, edits, measures
 from .cells import Job, Store
 from .edits import Edit, Source
 from .generate import Methods, files
 from .stats import Interval, difference, mean_interval
 
-CODE = ("host/attention.py", "host/sites/__init__.py", "host/sites/unet.py", "host/sites/flux.py")
 PLAIN = "plain"
 
 
@@ -136,11 +135,10 @@ class Family:
 
 
 def code_of(made: Sequence[Guidance]) -> str:
-    """What methods add to what a store's folder stands for: their files and those of CODE, and their settings without
-    the prompts, 8 hex digits."""
+    """What methods add to what a store's folder stands for: their files, and their settings without the prompts, 8 hex
+    digits."""
     settings = [{k: v for k, v in vars(method).items() if isinstance(v, str | int | float)} for method in made]
     parts = [cells.code_of([type(method) for method in made]), repr(settings)]
-    parts += [(ROOT / file).read_text(encoding="utf-8") for file in CODE]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
 
 
@@ -171,28 +169,58 @@ class Made:
     structure: float
     seconds: float
     evaluations: float
-    pictures: np.ndarray  # source and edit, uint8 [2, 64, 64, 3]
+    pictures: np.ndarray | None = None  # source and edit, uint8 [2, 64, 64, 3], where they are still there
 
 
-def judged(store: Store, family: Family, judge: Any) -> Iterator[Made]:
-    """What became of the edits; nothing where the source itself is wrong."""
-    strip, about = store.batch(family.job())
-    pictures = torch.from_numpy(strip).movedim(3, 1).float() / 255
-    source = family.source
+NUMBERS = ("changed", "psnr", "structure", "seconds", "evaluations")
+
+
+def judged(strip: np.ndarray, about: dict, source: Source, judge: Any) -> list[tuple[int, dict[str, float]]]:
+    """The numbers of a family's edits, by their place in it, from its pictures uint8 ``[N, 64, 64, 3]`` and what the
+    file says of them; nothing where the source itself is wrong."""
+    pictures, out = torch.from_numpy(strip).movedim(3, 1).float() / 255, []
     truths = [source.truth, *(edit.truth for edit in source.edits)]
     parts = judge(pictures).score(truths)
     if not parts["all"][0]:
-        return
+        return []
     maps = judge.maps(pictures)
     for i, edit in enumerate(source.edits, start=1):
         where = edits.kept(pictures[0], source.truth, edit)[None]
-        pair = pictures[:1], pictures[i:i + 1]
-        psnr = float(measures.psnr(*pair, where).clamp(max=60)) if where.sum() > 0 else float("nan")
-        yield Made(
-            edit, source.text, float(parts["all"][i]), float(all(parts[f][i] == 1 for f in edit.asked)), psnr,
-            float(measures.structure([m[:1] for m in maps], [m[i:i + 1] for m in maps])), about["seconds"],
-            about["evaluations"], (torch.cat(pair).movedim(1, 3) * 255).round().to(torch.uint8).numpy(),
-        )
+        psnr = float(measures.psnr(pictures[:1], pictures[i:i + 1], where).clamp(max=60)) if where.sum() > 0 else np.nan
+        out.append((i, {
+            "success": float(parts["all"][i]), "changed": float(all(parts[f][i] == 1 for f in edit.asked)),
+            "psnr": psnr, "structure": float(measures.structure([m[:1] for m in maps], [m[i:i + 1] for m in maps])),
+            "seconds": about.get("seconds", np.nan), "evaluations": about.get("evaluations", np.nan)}))
+    return out
+
+
+def todo_of(store: Store, method: str, n: int, judge: Any, tag: str) -> cells.Todo:
+    """A row of one model."""
+    some = families(store, method, n)
+
+    def marks(images: np.ndarray) -> list[float]:
+        return [made["success"] for _, made in judged(images, {}, some[0][0].source, judge)]
+
+    return cells.Todo(store, f"{some[0][0].key} {n} {tag}", [family.job(methods) for family, methods in some], marks,
+                      [family for family, _ in some])
+
+
+def made_of(todo: cells.Todo, judge: Any) -> list[Made]:
+    """Every edit of a finished row; what the judge saw is remembered."""
+    store, some = todo.store, todo.what
+
+    def seen() -> dict[str, list]:
+        every = [(k, i, made) for k, family in enumerate(some)
+                 for i, made in judged(*store.batch(family.job()), family.source, judge)]
+        return {"right": [made["success"] for *_, made in every], "family": [k for k, *_ in every],
+                "place": [i for _, i, _ in every]} | {name: [made[name] for *_, made in every] for name in NUMBERS}
+
+    row, out = store.row(todo.key, seen), []
+    for k, i, success, *numbers in zip(row["family"], row["place"], row["right"], *(row[name] for name in NUMBERS)):
+        family = some[k]
+        strip = None if store.missing([family.job()]) else store.batch(family.job())[0][[0, i]]
+        out.append(Made(family.source.edits[i - 1], family.source.text, success, *numbers, strip))
+    return out
 
 
 # ---------------------------------------------------------------- the table
@@ -235,18 +263,13 @@ def main(options: Options) -> Table:
     n = options.n or (2 if options.quick else 128)
     rows, sheets, left_out, missing = [], {}, {}, 0
     with cells.workplace(options) as work:
-        stores = [cells.open_store(work, file, options) for file in files(options.models)]
-        todo = {(store, key): families(store, key, n) for store in stores for key in ROWS}
-        cells.paint_all([(store, family.job(methods)) for (store, _), some in todo.items() for family, methods in some],
-                        options.shard, minutes=options.minutes)
+        stores = [cells.open_store(work, file, options, "edit") for file in files(options.models)]
+        todo = {(store, key): todo_of(store, key, n, reader, cells.digest_of_judge())
+                for store in stores for key in ROWS}
+        ready = cells.done(list(todo.values()), options)
         for store in stores:
-            found: dict[str, list[Made]] = {}
-            for key in ROWS:
-                some = [family for family, _ in todo[store, key]]
-                if any(store.missing([family.job()]) for family in some):
-                    missing += 1
-                    continue
-                found[key] = [one for family in some for one in judged(store, family, reader)]
+            found = {key: made_of(one, reader) for key in ROWS if (one := todo[store, key]) in ready}
+            missing += len(ROWS) - len(found)
             name = store.painter.name
             left_out[name] = n - len({one.source for one in found.get(PLAIN, ())})
             for kind in ("all", *edits.KINDS):
@@ -255,10 +278,12 @@ def main(options: Options) -> Table:
                     plain = [one for one in found.get(PLAIN, ()) if kind in ("all", one.edit.kind)]
                     rows += [row(name, kind, key, of, plain)] if of else []
             sheets |= {f"{name}-{which}": (found, which) for which in ("median", "worst")}
-    return table(rows, sheets, options, n, left_out, missing)
+        older = [line for store in stores for line in store.older]
+    return table(rows, sheets, options, n, left_out, missing, older)
 
 
-def table(rows: list[dict], sheets: dict, options: Options, n: int, left_out: dict[str, int], missing: int) -> Table:
+def table(rows: list[dict], sheets: dict, options: Options, n: int, left_out: dict[str, int], missing: int,
+          older: Sequence[str] = ()) -> Table:
     notes = [
         f"{n} sources of the list {edits.digest()} and their edits, the same seeds for every method. Success: all that "
         "the edited prompt says, as the judge reads it, in %. PSNR: outside the object (recolour, retexture; reshape "
@@ -268,6 +293,7 @@ def table(rows: list[dict], sheets: dict, options: Options, n: int, left_out: di
         "A low structure distance may mean that nothing was done: read it with success.",
         "; ".join(f"{model}: {count} of {n} families left out because the source's picture is not what it says"
                   for model, count in left_out.items()) + ".",
+        *older,
     ]
     if missing:
         notes.append(f"{missing} rows are not painted yet: run the command again.")

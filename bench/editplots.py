@@ -41,8 +41,8 @@ def trade(rows: list[dict]) -> Figure | None:
 
 
 def case(made: list[Made], which: str) -> Made | None:
-    """The edit with the median or the lowest PSNR."""
-    order = sorted((one for one in made if one.psnr == one.psnr), key=lambda one: one.psnr)
+    """The edit with the median or the lowest PSNR, of those whose pictures are there."""
+    order = sorted((one for one in made if one.psnr == one.psnr and one.pictures is not None), key=lambda one: one.psnr)
     return order[len(order) // 2 if which == "median" else 0] if order else None
 
 

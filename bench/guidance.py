@@ -350,6 +350,7 @@ def notes(found: Found, options: Options, n: int, stores: Sequence[Store], missi
         "where intervals decide, else undecided.",
         *fronts(found), *([] if options.quick else expectations(found)),
     ]
+    out += [line for store in stores for line in store.older]
     if missing:
         out.append(f"{missing} rows of pictures or worlds are not there yet: run the command again.")
     return out
@@ -366,15 +367,16 @@ def main(options: Options) -> Table:
     if n < 4:
         raise SystemExit("bench guidance: --n must be at least 4, or no distance of distributions can be measured.")
     with cells.workplace(options) as work:
-        stores = [cells.open_store(work, file, options) for file in files(options.models)]
-        todo = [(store, key, cfg, cells_of(key, cfg, n, store.painter.parametrisation))
-                for key, cfg in plan(options.quick) for store in stores]
-        cells.paint_all([(store, job) for store, _, _, pair in todo for cell in pair for job in jobs_of(store, cell)],
-                        options.shard, minutes=options.minutes)
-        parts, absent = guidanceworlds.parts(options, work)
+        stores = [cells.open_store(work, file, options, "guidance") for file in files(options.models)]
+        wanted = [(key, cfg, store, cells_of(key, cfg, n, store.painter.parametrisation))
+                  for key, cfg in plan(options.quick) for store in stores]
         prompts = [p for cell in cells_of(PLAIN, 1.0, n) for p in cell.prompts]
         true = truth.Truth.of(prompts, reader, 4 if options.quick else truth.EACH)
-        ready = [item for item in todo if not any(item[0].missing(cells.jobs(cell)) for cell in item[3])]
+        todo = [cells.Todo(store, true.key(pair, tag), [job for cell in pair for job in jobs_of(store, cell)],
+                           lambda images, pair=pair: cells.first_marks(images, pair[0], reader),
+                           (store, key, cfg, pair)) for key, cfg, store, pair in wanted]
+        ready = [row.what for row in cells.done(todo, options)]
+        parts, absent = guidanceworlds.parts(options, work)
         found = Found({(s.painter.name, key, cfg): true.see_cells(s, pair, reader, tag) for s, key, cfg, pair in ready},
                       true.saturation, true.floors(stores[0].painter, reader))
         sheets = {s.painter.name: sheet(s, [pair[0] for o, _, _, pair in ready if o is s]) for s in stores}
@@ -389,6 +391,7 @@ def main(options: Options) -> Table:
 
 def sheet(store: Store, ready: Sequence[Cell], columns: int = 12) -> dict[str, Any]:
     """The first pictures of every method at the highest weight: the same prompts and seeds in every row."""
+    ready = [cell for cell in ready if not store.missing(cells.jobs(cell))]
     highest = max((cell.cfg for cell in ready), default=0)
     shown = sorted((c for c in ready if c.cfg == highest), key=lambda c: list(ROWS).index(c.method))
     out: dict[str, Any] = {f"{ROWS[c.method].name}, cfg {highest:g}": store.read(c)[0][:columns] for c in shown}

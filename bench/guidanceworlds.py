@@ -32,6 +32,7 @@ from .exact.table import FLOOR, KINDS, MEASURES, Plan
 from .exact.worlds import WORLDS, World
 from .generate import counting
 from .guidance import CFGS, PLAIN, QUICK_CFGS, ROWS, SATURATION, Given, Row
+from .kept import whole
 from .stats import Interval, mean_interval
 
 NEGATIVE = {"rare": "plain frog", "overlap": "b", "image": "plain disc"}  # what 'harmful' is here
@@ -93,7 +94,7 @@ def place(work: Path, world: World, plan: Plan) -> Path:
 
 def remembered(file: Path, make: Callable[[], Measured]) -> Measured:
     if not file.is_file():
-        with cells.whole(file) as half:
+        with whole(file) as half:
             half.write_text(json.dumps(asdict(make())) + "\n", encoding="utf-8")
     return Measured(**json.loads(file.read_text(encoding="utf-8")))
 

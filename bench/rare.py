@@ -187,16 +187,25 @@ def main(options: Options) -> Table:
     reader, tag = judge.load(), cells.digest_of_judge()
     n = options.n or (8 if options.quick else 512)
     with cells.workplace(options) as work:
-        stores = [cells.open_store(work, file, options) for file in files(options.models)]
-        todo = [(store, Cell(category, options.split, method, anchor, store.settings.cfg, n))
-                for category, method, anchor in plan(options.quick) for store in stores]
-        cells.paint_all([(store, job) for store, cell in todo for job in
-                         cells.jobs(cell, ROWS[cell.method].on(cell.category, store.painter.parametrisation))],
-                        options.shard, minutes=options.minutes)
-        ready = [(s, cell) for s, cell in todo if not s.missing(cells.jobs(cell, None))]
+        name = "rare" if options.split == "final" else "rare-dev"
+        stores = [cells.open_store(work, file, options, name) for file in files(options.models)]
+        todo = [todo_of(store, cell_of(store, *parts, options.split, n), reader, tag)
+                for parts in plan(options.quick) for store in stores]
+        ready = [(row.store, row.what) for row in cells.done(todo, options)]
         found = Found({(s.painter.name, c.category, c.method, c.anchor): s.scores(c, reader, tag) for s, c in ready})
         sheets = {s.painter.name: sheet(s, [c for o, c in ready if o is s]) for s in stores}
     return table(found, options, n, stores, len(todo), sheets)
+
+
+def cell_of(store: Store, category: str, method: str, anchor: str, split: str, n: int) -> Cell:
+    methods = ROWS[method].methods
+    made = methods(Prompt((), "anchor"), category, store.painter.parametrisation) if methods else ()
+    return Cell(category, split, method, anchor, store.settings.cfg, n, cells.code_of(made))
+
+
+def todo_of(store: Store, cell: Cell, reader: Callable, tag: str) -> cells.Todo:
+    jobs = cells.jobs(cell, ROWS[cell.method].on(cell.category, store.painter.parametrisation))
+    return cells.Todo.of(store, cell, jobs, reader, tag)
 
 
 def table(found: Found, options: Options, n: int, stores: Sequence[Store], wanted: int, sheets: dict) -> Table:
@@ -214,7 +223,8 @@ def table(found: Found, options: Options, n: int, stores: Sequence[Store], wante
 def sheet(store: Store, ready: Sequence[Cell], columns: int = 12) -> dict[str, np.ndarray]:
     """The first pictures of the property cells with the superclass anchor, by the method's name: the same prompts and
     seeds in every row; and under 'prompts' their texts."""
-    mine = {c.method: c for c in ready if c.category == "property" and c.anchor in ("", "superclass")}
+    mine = {c.method: c for c in ready if c.category == "property" and c.anchor in ("", "superclass")
+            and not store.missing(cells.jobs(c))}
     shown = [m for m in ("cfg", "blend-0.2", "blend-0.4", "blend-0.8", *COMPARED) if m in mine]
     out = {ROWS[m].name: store.read(mine[m])[0][:columns] for m in shown}
     return out | {"prompts": [p.text for p in mine[shown[0]].prompts[:columns]]} if shown else {}
@@ -239,6 +249,7 @@ def notes(found: Found, rows: list[dict], options: Options, n: int, stores: Sequ
                     gain = row[f"above {key}"]
                     out.append(f"Aim: AAPB {OTHERS[key]} by at least {aim:g} points; {row['model']}: {gain:+.1f}, "
                                f"{'met' if gain.value >= aim else 'NOT MET'}.")
+    out += [line for store in stores for line in store.older]
     hours = sum(s.seconds * len(s.right) for s in found.scores.values()) / 3600
     out.append(f"Sampling took {hours:.2f} hours in all, on one process; the wall time below is this run's alone.")
     if wanted > len(found.scores):

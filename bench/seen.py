@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -31,7 +30,8 @@ class Seen:
     """N pictures. Those of all methods and weights have the same prompts and seeds in the same order.
 
     Attributes:
-        prompts: N texts; right: ``[N]`` 0 or 1; saturation: ``[N]``; features: ``[N, F]``, the judge's.
+        prompts: N texts; right: ``[N]`` 0 or 1; saturation: ``[N]``.
+        diversity: ``[P]`` of each distinct prompt, in the order of their first pictures; nan where it has one picture.
         frechet: ``[1 + GROUPS]``, the distance to true renders of all pictures, and without each group of prompts.
         evaluations, seconds: for each picture; ``each``: evaluations picture by picture, or empty.
     """
@@ -39,18 +39,11 @@ class Seen:
     prompts: Sequence[str]
     right: np.ndarray
     saturation: np.ndarray
-    features: np.ndarray
+    diversity: np.ndarray
     frechet: np.ndarray
     evaluations: float = float("nan")
     seconds: float = float("nan")
     each: Sequence[float] | np.ndarray = ()
-
-    @cached_property
-    def diversity(self) -> np.ndarray:
-        """Of each distinct prompt, in the order of their first pictures; nan where a prompt has one picture."""
-        texts, features = np.asarray(self.prompts), torch.from_numpy(self.features)
-        groups = [np.flatnonzero(texts == text) for text in dict.fromkeys(self.prompts)]
-        return np.array([measures.diversity(features[g]) if len(g) > 1 else np.nan for g in groups])
 
     @property
     def accuracy(self) -> float:
@@ -61,6 +54,13 @@ class Seen:
     def variety(self) -> float:
         """Mean diversity; nan when no prompt has two pictures."""
         return float(np.nanmean(self.diversity)) if not np.isnan(self.diversity).all() else float("nan")
+
+
+def diversities(features: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+    """``Seen.diversity`` from the judge's features ``[N, F]``."""
+    texts, every = np.asarray(prompts), torch.from_numpy(features)
+    groups = [np.flatnonzero(texts == text) for text in dict.fromkeys(prompts)]
+    return np.array([measures.diversity(every[g]) if len(g) > 1 else np.nan for g in groups])
 
 
 def frechets(features: np.ndarray, prompts: Sequence[str], true: np.ndarray, true_prompts: Sequence[str]) -> np.ndarray:

@@ -7,10 +7,10 @@ law: scenes of one object are sampled until they show what is said.
 from __future__ import annotations
 
 import hashlib
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from . import ROOT, cells, measures
 from .cells import Cell, Store
 from .generate import Painter
 from .rareshapes import RarePrompt
-from .seen import Seen, frechets
+from .seen import Seen, diversities, frechets
 
 EACH = 16  # renders of a distinct prompt, in the set that distances are measured from
 SEED = 2410_02416
@@ -85,32 +85,30 @@ class Truth:
         pictures = torch.from_numpy(images).movedim(3, 1).float() / 255
         reading, texts = reader(pictures), [p.text for p in prompts]
         features = reading.features.numpy()
-        return Seen(texts, np.array(cells.marks(reading, prompts)[1]), measures.saturation(pictures).numpy(), features,
-                    frechets(features, texts, self.features, self.texts), **more)
+        return Seen(texts, np.array(cells.marks(reading, prompts)[1]), measures.saturation(pictures).numpy(),
+                    diversities(features, texts), frechets(features, texts, self.features, self.texts), **more)
+
+    def key(self, pair: Sequence[Cell], tag: str) -> str:
+        """Of what the judge of that ``tag`` sees in some cells as one set of pictures."""
+        return " ".join([*(f"{cell.key} {cell.n}" for cell in pair), f"each {self.each}", tag])
 
     def see_cells(self, store: Store, pair: Sequence[Cell], reader: Callable, tag: str) -> Seen:
         """Some cells as one set of pictures; remembered under ``tag``."""
-        folder = store.folder / "seen"
-        text = json.dumps([[cell.key, cell.n] for cell in pair] + [self.each])
-        file = folder / f"{pair[0].key}-{tag}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.npz"
-        if file.is_file():
-            with np.load(file) as kept:
-                arrays = {name: kept[name] for name in kept.files}
-            numbers = {name: float(arrays.pop(name)) for name in ("evaluations", "seconds")}
-            return Seen([p.text for cell in pair for p in cell.prompts], **arrays, **numbers)
-        images, about = zip(*(store.read(cell) for cell in pair))
-        batches = [batch for some in about for batch in some]
-        sizes = [len(batch["seeds"]) for batch in batches]
-        found = self.see(
-            np.concatenate(images), [p for cell in pair for p in cell.prompts], reader,
-            evaluations=sum(b["evaluations"] * size for b, size in zip(batches, sizes)) / sum(sizes),
-            seconds=statistics.median(batch["seconds"] for batch in batches),
-            each=np.array([count for batch in batches for count in batch["each"]], dtype=float),
-        )  # fmt: skip
-        names = ("right", "saturation", "features", "frechet", "evaluations", "seconds", "each")
-        with cells.whole(file) as half:
-            np.savez(half, **{name: getattr(found, name) for name in names})
-        return found
+        def seen() -> dict[str, Any]:
+            images, about = zip(*(store.read(cell) for cell in pair))
+            batches = [batch for some in about for batch in some]
+            sizes = [len(batch["seeds"]) for batch in batches]
+            found = vars(self.see(
+                np.concatenate(images), [p for cell in pair for p in cell.prompts], reader,
+                evaluations=sum(b["evaluations"] * size for b, size in zip(batches, sizes)) / sum(sizes),
+                seconds=statistics.median(batch["seconds"] for batch in batches),
+                each=np.array([count for batch in batches for count in batch["each"]], dtype=float),
+            ))  # fmt: skip
+            return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in found.items() if k != "prompts"}
+
+        row = {k: np.array(v, float) if isinstance(v, list) else v
+               for k, v in store.row(self.key(pair, tag), seen).items()}
+        return Seen([p.text for cell in pair for p in cell.prompts], **row)
 
     def floors(self, painter: Painter, reader: Callable) -> dict[str, Seen]:
         """A second draw of the truth, one picture for each of the table's, and the same through the autoencoder, which

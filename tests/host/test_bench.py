@@ -18,7 +18,9 @@ import torch
 from safetensors.torch import save_file
 
 from rudder import bench
+from rudder.attention.edit_prompts import EditPrompts
 from rudder.bench import calibrate, cells, cost, generate, guidance, guidanceworlds, memory, rare, rareshapes, truth
+from rudder.bench.seen import diversities
 from rudder.guidance.blend import FixedBlend
 from rudder.guidance.contract import Prompt
 from rudder.guidance.space import Parametrisation
@@ -42,7 +44,8 @@ def quick() -> Iterator[bench.Table]:
 
 
 def test_the_cost_table_has_every_method_at_every_batch_size(quick):
-    assert {(row["method"], row["batch"]) for row in quick.rows} == {(r.name, b) for r in cost.ROWS for b in (1, 2)}
+    assert {(row["method"], row["batch"]) for row in quick.rows} == {
+        (r.name, b) for r in cost.ROWS for b in ((2,) if r.edits else (1, 2))}
     for row in quick.rows:
         assert set(quick.columns) <= set(row) and row["pairs"] == 3  # 4 steps, the first not timed
         numbers = [row[key] for key in ("step_ms", "reference_ms", "ratio", "ratio_q1", "ratio_q3")]
@@ -69,6 +72,8 @@ def test_every_method_of_the_pack_has_a_row():
     classes = {c for module in modules for c in vars(module).values() if isinstance(c, type)}
     pack = {c.__name__ for c in classes if issubclass(c, Guidance) and c is not Guidance and c.title}
     rows = {type(m).__name__ for row in cost.ROWS for m in row.methods(Prompt([], "anchor"))}
+    edit = EditPrompts(("a", "b"), ())
+    rows |= {type(m).__name__ for row in cost.ROWS if row.edits for m in row.edits(edit, "")}
     assert rows | set(cost.ELSEWHERE) == pack and not rows & set(cost.ELSEWHERE)
     given = guidance.Given(Prompt([], "anchor"), Parametrisation.EPS, 7.5)
     rows = {type(m).__name__ for row in guidance.ROWS.values() for m in row.make(given)} - {"AsUncond"}
@@ -316,6 +321,59 @@ def test_scores_are_remembered_for_the_judge_that_gave_them(store):
         store.scores(CELL, None, "another")
 
 
+def reopened(store: cells.Store, **changes) -> cells.Store:
+    """The same file of marks in another session: other pictures, none to begin with."""
+    settings = replace(store.settings, **changes)
+    return cells.Store(store.folder.parent / "elsewhere", store.painter, settings, store.kept.file)
+
+
+def todo_of(store: cells.Store, cell: cells.Cell = CELL, tag: str = "one", judge: type = Judge) -> cells.Todo:
+    return cells.Todo.of(store, cell, [job for _, job in work_of(store, cell)], judge(), tag)
+
+
+def test_marks_outlive_the_pictures(store):
+    assert [row.what for row in cells.done([todo_of(store)], bench.Options(), quiet)] == [CELL]
+    first = store.scores(CELL, Judge(), "one")
+    later = reopened(store)
+    todo = todo_of(later)
+    assert cells.done([todo], bench.Options(minutes=0), quiet) == [todo]
+    assert later.scores(CELL, None, "one") == first and not later.folder.exists(), "nothing was painted"
+    for other in (todo_of(later, tag="another judge"), todo_of(later, replace(CELL, n=12)),
+                  todo_of(reopened(store, steps=3))):
+        assert cells.done([other], bench.Options(minutes=0), quiet) == []
+
+
+def test_a_kept_row_of_other_code_is_painted_again_in_part(store, monkeypatch):
+    class Steady(Judge):
+        def score(self, truth: list[dict]) -> dict[str, torch.Tensor]:
+            """Whatever the other pictures are."""
+            return dict.fromkeys(super().score(truth), (self.features[:, 0] * 1000 % 2 > 1).float())
+
+    monkeypatch.setattr(cells, "BATCH", 4)
+    cells.done([todo_of(store)], bench.Options(), quiet)
+    first = store.scores(CELL, Steady(), "one")
+    assert store.older == []
+    monkeypatch.setattr(cells, "code_digest", lambda: "another state of the code")
+    later = reopened(store)
+    assert "painted at earlier commits" in later.older[0]
+    todo = todo_of(later, judge=Steady)
+    assert cells.done([todo], bench.Options(check=True), quiet) == [todo]
+    assert later.older == [] and later.scores(CELL, None, "one") == first
+    assert [job.first for job in later.missing(todo.jobs)] == [4, 8], "the first batch was painted, and no other"
+
+    untrue = dict(later.kept.rows[todo.key], right=[1.0 - mark for mark in first.right], code="still another")
+    later.kept.put(todo.key, untrue)
+    assert cells.done([todo], bench.Options(check=True, minutes=0), quiet) == []
+    assert later.kept.rows == {}
+
+
+def test_a_share_of_the_work_keeps_no_marks(store):
+    share = cells.Store(store.folder.parent, store.painter, store.settings, store.kept.file, writes=False)
+    cells.done([todo_of(share)], bench.Options(), quiet)
+    share.scores(CELL, Judge(), "one")
+    assert not store.kept.file.exists()
+
+
 def test_every_category_asks_for_what_it_names():
     """A picture is right when all that its category counts is right, whatever else is wrong."""
     class Reading:
@@ -343,11 +401,15 @@ def test_seeds_follow_the_prompt_and_never_repeat():
     assert cells.Cell("texture", "dev", "aapb", "noun").seed(40) == cell.seed(40), "the same pictures for every method"
 
 
-def test_whatever_decides_a_picture_is_in_the_name_of_its_folder():
-    for row in rare.ROWS.values():
-        for method in row.methods(Prompt([], "anchor"), "property", Parametrisation.EPS) if row.methods else ():
-            module = Path(sys.modules[type(method).__module__].__file__)
-            assert str(module.relative_to(ROOT)) in cells.CODE
+def test_a_changed_method_gets_other_pictures(store, monkeypatch):
+    """A row's name holds its methods' settings and files; what is not in it decides every picture and is in CODE."""
+    keys = {m: rare.cell_of(store, "property", m, "superclass", "dev", 8) for m in rare.ROWS if m != "r2f"}  # level 3
+    assert len({cell.code for cell in keys.values()}) == len(keys) and keys["cfg"].code == ""
+    files = set()
+    cells.collect(ROOT / "guidance" / "aapb.py", files)
+    assert {file.name for file in files} >= {"aapb.py", "blend.py"}
+    monkeypatch.setattr(cells, "CODE", (*cells.CODE, "guidance/blend.py"))
+    assert rare.cell_of(store, "property", "aapb", "superclass", "dev", 8).code != keys["aapb"].code
 
 
 @pytest.fixture
@@ -525,7 +587,8 @@ def test_the_expectations_are_computed_from_what_was_seen():
 
     def made(saturation: float, spread: float, evaluations: float) -> guidance.Seen:
         shade = np.full(256, saturation)
-        return guidance.Seen(prompts, np.ones(256), shade, spread * features, np.ones(9), evaluations)
+        spreads = diversities(spread * features, prompts)
+        return guidance.Seen(prompts, np.ones(256), shade, spreads, np.ones(9), evaluations)
 
     seen = {("m", "cfg", cfg): made(0.3, 1.0, 50.0) for cfg in (7.5, 15.0)}
     seen |= {("m", key, 15.0): made(0.25, 1.0, 50.0) for key in guidance.SATURATION}

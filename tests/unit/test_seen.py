@@ -17,8 +17,9 @@ def made(right=0.5, saturation=0.2, spread=1.0, seed=0, evaluations=50.0, each=(
     luck, noise, shade = rng.random(64), rng.standard_normal((64, 5)), rng.standard_normal(64)
     features = np.array([int(p.split()[1]) % 7 for p in PROMPTS])[:, None] + spread * noise
     distance = np.linspace(1, 1.7, 8) * (1 + saturation)
-    return seen.Seen(PROMPTS, (luck < right).astype(float), saturation + 0.01 * shade, features,
-                     np.array([distance.mean(), *distance]), evaluations, 1.0, each)
+    return seen.Seen(PROMPTS, (luck < right).astype(float), saturation + 0.01 * shade,
+                     seen.diversities(features, PROMPTS), np.array([distance.mean(), *distance]),
+                     evaluations, 1.0, each)
 
 
 def test_differences_are_of_the_same_pictures():
@@ -42,7 +43,8 @@ def test_diversity_is_within_prompts():
     wide, narrow = made(spread=1.0), made(spread=0.5)
     assert len(wide.diversity) == 16 and wide.variety == pytest.approx(2 * narrow.variety)
     assert seen.more_diverse(wide, narrow).low > 0
-    single = seen.Seen(PROMPTS[:16], wide.right[:16], wide.saturation[:16], wide.features[:16], wide.frechet)
+    alone = seen.diversities(np.ones((16, 5)), PROMPTS[:16])
+    single = seen.Seen(PROMPTS[:16], wide.right[:16], wide.saturation[:16], alone, wide.frechet)
     assert seen.diversity(single) is None and np.isnan(single.variety) and seen.more_diverse(single, single) is None
 
 
@@ -58,7 +60,7 @@ def test_frechet_distances_leave_prompts_out_of_both_sets():
     truth, mine = rng.standard_normal((320, 3)), rng.standard_normal((64, 3)) + [1.0, 0, 0]
     found = seen.frechets(mine, PROMPTS, truth, PROMPTS[:16] * 20)
     assert len(found) == 1 + seen.GROUPS and found[0] == pytest.approx(1, abs=0.5)
-    interval = seen.frechet(seen.Seen(PROMPTS, found, found, mine, found))
+    interval = seen.frechet(seen.Seen(PROMPTS, found, found, found, found))
     assert interval.low < 1.1 and interval.high > 0.9 and interval.value == found[0]
 
 
