@@ -8,11 +8,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 PACK = "comfyui-rudder"
+WORKFLOWS = sorted((Path(__file__).parents[2] / "workflows").glob("*.json"))
+FEW = 4
 
 
 def ours(comfy) -> dict[str, dict]:
@@ -177,6 +180,21 @@ def test_after_a_cancelled_run_the_server_is_healthy(comfy, dev, first, rare_con
     healthy = asyncio.run(comfy.run(with_inputs(comfy.convert(rare_concept), "SaveImage", filename_prefix="healthy")))
     assert healthy.end == "execution_success"
     assert all(np.array_equal(one, other) for one, other in zip(first.pictures, healthy.pictures))
+
+
+@pytest.mark.parametrize("name", [file.stem for file in WORKFLOWS])
+def test_every_workflow_runs(comfy, dev, name):
+    """As it is shipped, but for the number of steps: every sampler runs, and every node that shows something does."""
+    prompt = comfy.convert(json.loads((dev.ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8")))
+    for node in prompt.values():
+        if isinstance(node["inputs"].get("steps"), int):
+            node["inputs"]["steps"] = FEW
+    run = asyncio.run(comfy.run(prompt))
+    assert run.end == "execution_success", run.messages[-1]
+    samplers = {number for number, node in prompt.items() if node["class_type"] in ("KSampler", "SamplerCustom")}
+    assert samplers and samplers <= {data["node"] for data in run.of("executing")}
+    shown = {number for number, node in prompt.items() if comfy.object_info[node["class_type"]]["output_node"]}
+    assert shown and shown == {number for number, output in run.history["outputs"].items() if any(output.values())}
 
 
 # ------------------------------------------------------------------------------------------------- bad input
