@@ -109,11 +109,12 @@ class Row:
     ``sampler``: a SAMPLER of ours in euler's place. ``joint``: further evaluations on joint attention (Flux).
     ``own``: ComfyUI's own node on the MODEL instead, at its own defaults; ``like``: the name of our row that it does
     the work of, '' while there is none.
+    ``edits``: the methods of a batch of a source and its edits, from its prompts and the blocks to read words in.
     """
 
     name: str
-    methods: Callable[[Prompt], tuple[Guidance, ...]]
-    evaluations: Callable[[float], int]
+    methods: Callable[[Prompt], tuple[Guidance, ...]] = lambda anchor: ()
+    evaluations: Callable[[float], int] = lambda sigma: 2
     apart: int = 0
     own: Callable[[Any], Any] | None = None
     like: str = ""
@@ -231,7 +232,7 @@ def sample(
     model: Any, conds: Conds, batch: int, steps: int, size: int, each_step: Callable, sampler: Any = None
 ) -> torch.Tensor:
     """The latents of KSampler with euler, or ``sampler``; ``each_step(guider, index, x, sigma, options)`` is called
-    with each step's prediction."""
+    with each step's prediction. The pictures of a source and its edits start from the same noise."""
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(conds["positive"], conds["negative"])
     guider.set_cfg(WEIGHT)
@@ -246,7 +247,8 @@ def sample(
         each_step(guider, index, x, sigmas[index].to(x.device).expand(batch), options)
 
     with torch.inference_mode():
-        noise = comfy.sample.prepare_noise(latent, 1)
+        edits = len(conds["positive"][0][0]) > 1
+        noise = comfy.sample.prepare_noise(latent, 1, [0] * batch if edits else None)
         sampler = sampler or comfy.samplers.sampler_object("euler")
         return guider.sample(noise, latent, sampler, sigmas, callback=callback, disable_pbar=True, seed=1)
 

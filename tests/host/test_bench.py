@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from rudder import bench
 from rudder.attention.edit_prompts import EditPrompts
+from rudder.attention.words import Tokens
 from rudder.bench import calibrate, cells, cost, generate, guidance, guidanceworlds, memory, rare, rareshapes, truth
 from rudder.bench.seen import diversities
 from rudder.guidance.blend import FixedBlend
@@ -72,7 +73,7 @@ def test_every_method_of_the_pack_has_a_row():
     classes = {c for module in modules for c in vars(module).values() if isinstance(c, type)}
     pack = {c.__name__ for c in classes if issubclass(c, Guidance) and c is not Guidance and c.title}
     rows = {type(m).__name__ for row in cost.ROWS for m in row.methods(Prompt([], "anchor"))}
-    edit = EditPrompts(("a", "b"), ())
+    edit = EditPrompts(("heart", "star"), tuple((Tokens("CLIP", (word,), (0,)),) for word in ("heart", "star")))
     rows |= {type(m).__name__ for row in cost.ROWS if row.edits for m in row.edits(edit, "")}
     assert rows | set(cost.ELSEWHERE) == pack and not rows & set(cost.ELSEWHERE)
     given = guidance.Given(Prompt([], "anchor"), Parametrisation.EPS, 7.5)
