@@ -53,6 +53,7 @@ class Call(Rows):
         site: where in the model this is, with the token layout of this forward pass.
         roles: who the chunks of the batch are, "cond", "uncond" or a branch; each chunk holds ``samples`` rows, so
             R = len(roles) * samples, and row 0 of a chunk is its first sample.
+        first: which sample of the batch that is: 0, but where another edit asks for a part (see :meth:`only`).
         step: the step of the run (``guidance.contract.Step``).
         mask: the host's attention mask, None nearly always.
         rope: the rotary embedding, ``[1 or R, 1, tokens, D / 2, 2, 2]``, or None.
@@ -72,18 +73,26 @@ class Call(Rows):
     rope: Tensor | None = None
     latent: tuple[int, ...] = ()
     to_text: Callable[[Tensor, Any], Tensor] | None = None
+    first: int = 0
 
     def replace(self, **changes: Tensor) -> Call:
         return replace(self, **changes)
 
     def only(self, which: slice) -> Call:
-        """The call for these samples of each chunk alone. Edits that compare samples cannot act on it."""
+        """The call for these samples of each chunk alone, side by side; an edit that compares samples cannot act on it.
+        """
         def rows(tensor: Tensor | None) -> Tensor | None:
             whole = tensor is not None and len(tensor) == len(self.q)
             return self.by_sample(tensor)[:, which].flatten(0, 1) if whole else tensor
 
+        held = range(self.samples)[which]
         return replace(self, q=rows(self.q), k=rows(self.k), v=rows(self.v), mask=rows(self.mask), rope=rows(self.rope),
-                       samples=len(range(*which.indices(self.samples))))
+                       samples=len(held), first=self.first + held.start)
+
+    @property
+    def of_whole_picture(self) -> bool:
+        """Whether the latents are as high and wide as the step's; some frames of a video may do."""
+        return self.latent[-2:] == tuple(self.step.x.shape[-2:])
 
     def probabilities(self) -> Tensor:
         """softmax(q k^T / sqrt(D)), ``[R, heads, tokens, tokens]``, float32."""
@@ -145,7 +154,8 @@ class AttentionEdit:
 
     def output(self, call: Call, attend: Callable[..., Tensor]) -> Tensor:
         """``attend()`` is the result so far, ``[R, heads, tokens, D]``; who does not ask for it saves the work.
-        ``attend(other)`` is that of another call, with other keys and values for instance, through the same edits."""
+        ``attend(other)`` is that of another call, with other keys and values or fewer samples for instance, through the
+        same edits."""
         return attend()
 
     def across(self, site: Site, roles: Sequence[Any], results: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -46,11 +46,15 @@ class TextMaps(AttentionEdit):
     kinds = frozenset({"cross", "joint"})
 
     def output(self, call: Call, attend: Callable[..., Tensor]) -> Tensor:
-        rows = [row for row, how in enumerate(self.operations) if how is not None]
+        held = range(call.first, call.first + call.samples)
+        rows = [row for row in held if self.operations[row] is not None]
         if call.site.kind == "joint":
             return self.weighted(call, attend, [row for row in rows if self.operations[row].weighs])
         if not rows:
             return attend()
+        if call.samples < len(self.operations):
+            raise ValueError(f"{self.title}: another edit of '{call.site.name}' sets the source apart from its edits, "
+                             "which are compared here. Choose other blocks for it.")
         out = call.by_sample(attend().clone())
         source = call.only(SOURCE).probabilities()
         for row in rows:
@@ -71,7 +75,7 @@ class TextMaps(AttentionEdit):
         for row in rows:
             weight, inside = self.operations[row].weight.to(v.dtype), self.inside[row]
             weight = weight if inside is None else torch.where(inside, weight, 1.0)
-            values = call.by_sample(v)[:, row, :, text]
+            values = call.by_sample(v)[:, row - call.first, :, text]
             folded(values[..., 0], len(weight))  # checks the length
             values *= weight.repeat(values.shape[2] // len(weight))[:, None]
         out = attend().clone()

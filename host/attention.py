@@ -310,12 +310,6 @@ def through(edits: Sequence[AttentionEdit], call: Call, kernel: Kernel) -> Tenso
 
     def attend(other: Call | None = None) -> Tensor:
         now = call if other is None else other
-        if maps and now.samples != call.samples:
-            raise GuidanceError(
-                f"{maps[0].title}: another edit of '{call.site.name}' sets the source apart from the edited pictures "
-                "(a union with the source, masks), and the two cannot act at one block. Choose other blocks or parts "
-                "of the run for one of them."
-            )
         if not maps:
             return kernel.split_output(kernel.call(*map(kernel.join, (now.q, now.k, now.v)), now.mask))
         probabilities = now.probabilities()
@@ -330,7 +324,13 @@ def through(edits: Sequence[AttentionEdit], call: Call, kernel: Kernel) -> Tenso
 
 
 def after(edit: AttentionEdit, call: Call, before: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda other=None: edit.output(call if other is None else other, before)
+    """``attend`` of the edit that follows: what it asks for another call, this edit too asks for that call."""
+
+    def attend(other: Call | None = None) -> Tensor:
+        now = call if other is None else other
+        return edit.output(now, lambda another=None: before(now if another is None else another))
+
+    return attend
 
 
 def batched(tensor: Tensor | None, q: Tensor) -> bool:

@@ -274,6 +274,42 @@ def test_an_edit_sees_a_text_once_when_the_host_repeats_it(network, family):
     assert all(of != "cross" or shown == keys for _, of, shown, keys in lengths)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Reading(AttentionEdit):
+    """Writes down whose rows it was asked for, and with what keys; of kind "self" or "joint"."""
+
+    met: list
+
+    kinds = frozenset({"self", "joint"})
+
+    def output(self, call, attend):
+        self.met.append((call.first, call.samples, float(call.k.abs().max())))
+        return attend()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Apart(AttentionEdit):
+    """Each sample by itself, the second with keys of zero."""
+
+    kinds = frozenset({"self", "joint"})
+
+    def output(self, call, attend):
+        first, second = call.only(slice(0, 1)), call.only(slice(1, None))
+        parts = attend(first), attend(second.replace(k=second.k * 0))
+        return torch.stack([part.unflatten(0, (-1, 1)) for part in parts], 2).flatten(0, 2)
+
+
+def test_what_an_edit_asks_for_another_call_reaches_the_edits_before_it(family, network):
+    """Two of those before: the call must be handed down, and the rows are those that it has."""
+    met = []
+    before = [Editing(edit=Reading(met=met)) for _ in range(2)]
+    out = run(network, family, *before, Editing(edit=Apart()), batch=2, steps=1)
+    torch.testing.assert_close(out, run(network, family, Editing(edit=Apart()), batch=2, steps=1))
+    assert {(first, samples, keys > 0) for first, samples, keys in met} == {(0, 1, True), (1, 1, False)}
+    assert len(met) == 2 * 2 * sum(site.kind in Apart.kinds for site in sites_of(network.model.diffusion_model))
+    assert not torch.equal(out[1], run(network, family, batch=2, steps=1)[1])
+
+
 # ---------------------------------------------------------------- token layout
 
 

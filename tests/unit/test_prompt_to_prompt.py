@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,12 +12,13 @@ from hypothesis import strategies as st
 from rudder.attention.edit_prompts import EditPrompts
 from rudder.attention.local_blend import blended, masks
 from rudder.attention.operations import MODES, Operation, edited_map, operation
-from rudder.attention.prompt_to_prompt import folded
+from rudder.attention.prompt_to_prompt import TextMaps, folded
 from rudder.guidance.contract import GuidanceError
 from rudder.guidance.local_blend import LocalBlend
 from rudder.guidance.prompt_to_prompt import PromptToPrompt
 
 from .tensors import step
+from .test_mutual import N, attend, made
 from .test_words import edit, prompts, tokens
 
 close = torch.testing.assert_close
@@ -233,3 +236,34 @@ def test_words_may_stop_at_times_of_their_own():
     late = method.inside(step(5), 1)
     assert not late[3] and late.sum() == LENGTH - 1
     assert not method.inside(step(9), 1).any()
+
+
+def weighing(*weights: float | None, text: int) -> TextMaps:
+    """What scales the last word of each row; None leaves a row alone."""
+    plain = Operation(torch.eye(text), torch.zeros(text), torch.ones(text), torch.zeros(text, dtype=torch.bool))
+    rows = [None if weight is None else plain.weighted([text - 1], weight) for weight in weights]
+    return TextMaps(operations=rows, inside=[None] * len(rows))
+
+
+def test_a_word_is_weighted_in_its_row_whichever_samples_are_asked_for():
+    """Another edit may ask for the source and for the edits apart (a union with the source, masks)."""
+    call, edit = made(text=4), weighing(None, None, 3.0, text=4)
+
+    def through(call):
+        return call.by_sample(edit.output(call, lambda other=None: attend(call if other is None else other)))
+
+    whole = through(call)
+    assert torch.equal(whole[:, :2], call.by_sample(attend(call))[:, :2]) and not torch.equal(
+        whole[:, 2], call.by_sample(attend(call))[:, 2])
+    for part in (slice(0, 1), slice(1, None), slice(2, 3), slice(0, 2)):
+        close(through(call.only(part)), whole[:, part])
+    close(through(call.only(slice(1, None)).only(slice(1, 2))), whole[:, 2:])
+
+
+def test_maps_are_not_compared_across_parts():
+    call, edit = made(), weighing(None, 2.0, None, text=N)
+    cross = replace(call, site=replace(call.site, kind="cross"))
+    assert edit.output(cross, lambda: attend(cross)).isfinite().all()
+    assert torch.equal(edit.output(cross.only(slice(0, 1)), lambda: call.v), call.v), "the source alone is plain"
+    with pytest.raises(ValueError, match=r"another edit of 'output.3.0' sets the source apart"):
+        edit.output(cross.only(slice(1, None)), lambda: call.v)
