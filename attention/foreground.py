@@ -68,4 +68,8 @@ class Masked(Mutual):
         call, masks = super().edited(call), self.masks(call.step)
         if masks is None:
             return call
+        if not call.of_whole_picture:
+            raise ValueError(f"{self.title}: a part of the picture is evaluated by itself (a prompt has an area, or "
+                             "another node works in tiles), and the masks are of the whole. Remove that, or the masks "
+                             "and the words that make them.")
         return call.replace(mask=apart(call, masks) + additive(call.mask, call.q))

@@ -3,7 +3,8 @@
     M = (A - min A) / (max A - min A) >= 0.1,   A: the mean of the maps of the words' tokens over heads and blocks
 
 The paper reads the blocks of 16 x 16 tokens of SD1.5 and the maps of the same step; here they are those of the steps
-before, so that masks do not depend on how the host splits the batch. The first step has none.
+before, so that masks do not depend on how the host splits the batch. The first step has none. Only the step's own
+evaluations of whole pictures are read.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class WordMasks(AttentionEdit):
         return site.count < 4 or low <= site.index / site.count < high and not site.name.startswith("middle")
 
     def output(self, call: Call, attend: Callable[..., Tensor]) -> Tensor:
-        if "cond" in call.roles:
+        own = call.step.plain is None and call.of_whole_picture  # not what a method evaluates elsewhere
+        if own and "cond" in call.roles:
             chunk, state = call.roles.index("cond"), self.settled(call.step)
             q, k = (call.by_sample(tokens)[chunk] for tokens in (call.q[:, :, call.site.image], call.k))
             maps = scores(q, k).softmax(-1).mean(1)  # [samples, tokens, text]

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from rudder.attention.foreground import Masks
-from rudder.guidance.contract import GuidanceError
+from rudder.guidance.contract import Guidance, GuidanceError
 from rudder.guidance.features import PlugAndPlay
 from rudder.guidance.mutual import MasaCtrl
 from rudder.guidance.rival import RIVAL
 from rudder.host import add_guidance, plan_of
 from rudder.nodes.reference import RudderMasaCtrl
 
-from .models import CHANNELS, MODELS, calls, conditioning, sample
+from .models import CHANNELS, MODELS, calls, conditioning, having, sample
 from .registry import NEGATIVE
 from .test_branches import one_forward_a_cond
 from .test_nodes import call
@@ -146,6 +146,16 @@ def test_a_mask_for_each_edit(network, family):
         edit(network, family, MasaCtrl(start=0.0, masks=masks))
 
 
+class LookAhead(Guidance):
+    """Evaluates the positive at another latent and level, as ANSWER and SAG do, and changes nothing."""
+
+    title = "look ahead"
+
+    def finish(self, step, x0):
+        step.evaluate(-step.x, step.level / 2, "cond")
+        return x0
+
+
 def test_masks_from_words():
     """On the UNet only; the maps of the steps before decide, so the first step has none."""
     unet, (positive, prompts) = MODELS["unet"](), batch(SOURCE, CAT, WET)
@@ -155,6 +165,9 @@ def test_masks_from_words():
     assert torch.equal(run(unet, "unet", positive, method), out), "nothing is left from the first run"
     split = run(one_forward_a_cond(unet.clone()), "unet", positive, method)
     torch.testing.assert_close(split, out, rtol=1e-4, atol=1e-3)
+    assert torch.equal(run(unet, "unet", positive, method, LookAhead()), out), "nothing else is read"
+    with pytest.raises(ValueError, match="a prompt has an area"):
+        run(unet, "unet", [*positive, *having(positive, area=(8, 4, 0, 0))], method)
     with pytest.raises(GuidanceError, match="positive is not that of the prompts"):
         edit(unet, "unet", method, seeds=(1, 2, 3))
     with pytest.raises(GuidanceError, match="no cross attention"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from rudder.attention.foreground import Masked, Masks
 from rudder.attention.mutual import FLUX_CONTENT, Mutual
 from rudder.attention.sites import Site, numbered
 from rudder.attention.word_masks import WordMasks
+from rudder.guidance.contract import Predictions
 
 from .tensors import seeds, step
 
@@ -38,7 +40,8 @@ def made(seed: int = 0, samples: int = 3, roles=("uncond", "cond"), text: int = 
                for _ in range(3))
     site = Site("double.0" if text else "output.3.0", "joint" if text else "self", 0, 1, GRID, slice(0, text),
                 slice(text, text + N))
-    return Call(q, k, v, site, roles, samples, step(), mask)
+    now = step()
+    return Call(q, k, v, site, roles, samples, now, mask, latent=tuple(now.x.shape[2:]))
 
 
 def through(edit, call: Call) -> torch.Tensor:
@@ -157,12 +160,32 @@ def test_word_masks_come_from_the_steps_before():
     q[2, :, :4, 0] = 1.0  # the source looks at token 1 in the first row of the grid
     q[3, :, 12:, 1] = 1.0  # the edit at token 2 in the last
     site = Site("input.5.0", "cross", 1, 2, GRID, slice(0, 5))
-    seen = Call(q, keys, keys, site, ("uncond", "cond"), 2, first)
+    seen = replace(call, q=q, k=keys, v=keys, site=site, step=first)
     assert edit.masks(first) is None and torch.equal(edit.output(seen, lambda: q), q) and edit.masks(first) is None
     masks = edit.masks(second)
     expected = torch.zeros(2, 4, 4)
     expected[0, 0], expected[1, 3] = 1.0, 1.0
     assert torch.equal(torch.cat([masks.source, masks.edits]), expected)
+
+
+def test_word_masks_read_the_steps_own_call_of_whole_pictures():
+    edit, site = WordMasks(tokens=[[1], [1]]), Site("input.5.0", "cross", 1, 2, GRID, slice(0, N))
+    now, ahead = step(0), step(0)
+    call = replace(made(samples=2), site=site, step=now)
+    ahead.plain = Predictions(ahead.x, None)  # the step has its predictions: a method evaluates elsewhere
+    for other in (replace(call, step=ahead), replace(call, latent=(call.latent[0], call.latent[1] // 2))):
+        edit.output(other, lambda: call.q)
+        assert "now" not in other.step.state(edit)
+    edit.output(call, lambda: call.q)
+    assert "now" in now.state(edit)
+
+
+def test_masks_of_whole_pictures_are_not_squeezed_into_an_area():
+    ones, call = torch.ones(1, 4, 4), made()
+    edit = Masked(masks=Masks(ones, ones))
+    assert torch.equal(through(edit, replace(call, latent=(5, *call.latent))), through(edit, call)), "frames"
+    with pytest.raises(ValueError, match="a prompt has an area"):
+        through(edit, replace(call, latent=(call.latent[0] // 2, call.latent[1])))
 
 
 def test_the_blocks_that_word_masks_read_are_the_papers():
