@@ -108,7 +108,7 @@ def page() -> str:
 def undecided() -> list[tuple[type, type]]:
     """Pairs whose order inside a stage nothing but the wiring would decide: same stage, same rank, both allowed."""
     pairs = itertools.combinations(classes(), 2)
-    ordered = {"scale", "refine", "direction", "finish"}  # each hands on what the one before made; the rest add up
+    ordered = {"scale", "edits", "refine", "direction", "finish"}  # each hands on what the one before made
     return [
         (a, b) for a, b in pairs
         if a.rank == b.rank and ordered & set(stages(a)) & set(stages(b)) and not refusal(a, b)

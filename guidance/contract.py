@@ -28,6 +28,8 @@ different ranks or share a role in ``claims``, so the wiring never decides the r
      6  the result                                        TAG
      7, 8  terms beside it                                AutoGuidance; InstructPix2Pix
      9 to 11  the same, by what attention does            PAG; SEG; SAG
+     0 to 4  what attention does: words, layout, content  Prompt-to-Prompt; Plug-and-Play; MasaCtrl;
+             of the edits; the negative; its sharpness    NAG; entropy
      9, 10  what an edit keeps of its source              RIVAL; local blend
 
 A method acts only while the noise level is inside its ``[start, end]`` window, so no method has to code that itself.

@@ -28,6 +28,7 @@ class AttentionEntropy(Guidance):
 
     title = "Other Sizes (attention entropy)"
     claims = frozenset({"sharpness of the attention"})
+    rank = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()

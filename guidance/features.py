@@ -30,7 +30,7 @@ class PlugAndPlay(Guidance):
     feature: str = ""
 
     title = "Same Layout, New Look (Plug-and-Play)"
-    rank = 0
+    rank = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()

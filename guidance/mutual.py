@@ -40,7 +40,7 @@ class MasaCtrl(Guidance):
 
     title = "Move and Pose (MasaCtrl)"
     claims = frozenset({"keys and values of the edited pictures"})
-    rank = 1
+    rank = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -36,7 +36,7 @@ class NAG(Guidance):
 
     title = "Negative at Any CFG (NAG)"
     claims = frozenset({"negative inside attention"})
-    rank = 0
+    rank = 3  # pushes what the edits leave
 
     def __post_init__(self) -> None:
         super().__post_init__()

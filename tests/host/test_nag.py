@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
+from rudder.attention.contract import AttentionEdit
 from rudder.attention.nag import nag
 from rudder.guidance.contract import Guidance, GuidanceError, Prompt
 from rudder.guidance.contrast import PerturbedAttention
 from rudder.guidance.nag import NAG
 from rudder.guidance.perpneg import PerpNeg
+from rudder.guidance.prompt_to_prompt import PromptToPrompt
 from rudder.guidance.sag import SelfAttentionGuidance
 from rudder.host import add_guidance, plan_of
 from rudder.nodes.nag import RudderNAG
 
 from .models import MODELS, calls, conditioning, having, sample, tiny_unet
 from .registry import NEGATIVE, POSITIVE, prompt
+from .test_attention import Editing
 from .test_branches import one_forward_a_cond
 from .test_nodes import call
+from .test_prompt_to_prompt import CAT, SOURCE, batch
+from .test_prompt_to_prompt import run as edited
 
 AWAY = conditioning(8)
 
@@ -147,6 +154,34 @@ def test_the_node(network):
     assert made == NAG(negative=made.negative, end=0.5) and made.negative.conditioning is AWAY
     with pytest.raises(GuidanceError, match="both decide the negative inside attention"):
         call(RudderNAG, model=model, negative=AWAY)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Last(Editing):
+    rank = 99
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Watched(AttentionEdit):
+    met: list
+
+    kinds = frozenset({"cross"})
+
+    def output(self, call, attend):
+        self.met.append((call, call.to_text(call.q, method().branch), attend()))
+        return self.met[-1][-1]
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["NAG last", "NAG first"])
+def test_it_pushes_what_prompt_to_prompt_makes_of_the_edits(order):
+    """One word exchanged: the edit reads its own values by the source's map, and NAG pushes that."""
+    positive, prompts = batch(SOURCE, CAT)
+    both, met = [PromptToPrompt(edit=prompts, self_end=0.0), method()][::order], []
+    edited(tiny_unet(), "unet", positive, *both, Last(edit=Watched(met=met), on=("cond",)), steps=1)
+    assert len(met) == 7
+    for site, away, out in met:
+        by_words = site.probabilities()[:1] @ site.v[1:]
+        torch.testing.assert_close(out[1:], nag(by_words, away[1:], 5.0, 2.5, 0.25), rtol=1e-5, atol=1e-5)
 
 
 def test_beside_other_methods(network, family):
