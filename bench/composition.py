@@ -20,7 +20,7 @@ HEAD = """# Which guidance methods go together, and what happens
 
 Put any of them on one MODEL, in any order of wiring: the result is the same, bit for bit. At every step the stages run from left to right, and inside a stage the method with the lower rank goes first. Two methods that decide the same thing are refused when the second is wired, with both names and the way out.
 
-*Written by `python3 dev.py matrix` from the methods' own code; a test fails when it is stale. Every pair, and a sample of triples, runs in the tests on a UNet and on a Flux transformer (`tests/host/test_pairs.py`, `tests/host/test_matrix.py`).*
+*Written by `python3 dev.py matrix` from the methods' own code; a test fails when it is stale. Every pair, and a sample of triples, runs in the tests on a small UNet and a small Flux transformer (`tests/host/test_pairs.py`; `tests/host/test_edit_pairs.py` for the methods that need a batch of a source and its edits; triples without those: `tests/host/test_matrix.py`).*
 """  # noqa: E501
 STAGES_TEXT = """
 * **weight**: how strong guidance is at this step, and whether it acts at all
