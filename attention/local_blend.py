@@ -3,8 +3,9 @@
     M = [pool(A_s) / max > 0.3] or [pool(A_e) / max > 0.3],    x0_e <- x0_s + M (x0_e - x0_s)
 
 A: the maps of chosen words in source and edit, summed over steps and small sites, averaged over heads. The official
-code blends x_t; on x0 it is the same in the end (derived). On transformers A is read from named blocks (arXiv
-2508.07519, read in notes: a few fixed blocks).
+code blends x_t; on x0 (ours) the end is the same outside of M, but x_t is not the source's there during the run, so the
+inside may differ. M is enlarged from the finest grid, trilinear; in the official code from 16 x 16, nearest (recalled).
+On transformers A is read from named blocks (arXiv 2508.07519, read in notes: a few fixed blocks).
 """
 
 from __future__ import annotations

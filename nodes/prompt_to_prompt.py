@@ -114,9 +114,9 @@ class RudderLocalBlend(io.ComfyNode):
             node_id="RudderLocalBlend",
             display_name=LocalBlend.title,
             category=CATEGORY,
-            description="Keeps the source picture, to the last bit, wherever chosen words are not: their places are "
-            "read from the model's attention. For Prompt-to-Prompt and every other editing method on the batch of "
-            "Source and Edits (ICLR 2023, arXiv 2208.01626). No extra evaluations.",
+            description="Keeps the source picture, to the last bit (on Wan and Lumina within 1e-5), wherever chosen "
+            "words are not: their places are read from the model's attention. For Prompt-to-Prompt and every other "
+            "editing method on the batch of Source and Edits (ICLR 2023, arXiv 2208.01626). No extra evaluations.",
             search_aliases=["local blend", "localblend", "keep background", "attention mask", "word mask"],
             inputs=[
                 *inputs(),
