@@ -730,7 +730,8 @@ def parser() -> argparse.ArgumentParser:
     def add(name: str, text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         command.add_argument("--comfyui", metavar="PATH", help="use this installation instead (or set COMFYUI_PATH)")
-        if name != "test":
+        command.set_defaults(version=MAIN)
+        if name not in ("test", "bench", "matrix"):  # tests run on both versions, measurements on the newest
             command.add_argument(
                 "--version", choices=SOURCES, default=MAIN, help="ComfyUI version (default %(default)s)"
             )
