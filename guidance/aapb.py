@@ -74,6 +74,6 @@ class AAPB(Guidance):
         if step.weight == 1.0 or preds.uncond is None:  # gamma* is 0: without guidance there is nothing to repair
             return preds
         anchor = preds[self.anchor]
-        gamma = optimal_gamma(preds.cond, anchor, preds.uncond, step.weight, self.clamp)
+        gamma = step.guided_only(optimal_gamma(preds.cond, anchor, preds.uncond, step.weight, self.clamp))
         step.log(gamma=gamma)
         return preds.replace(cond=blend(preds.cond, anchor, gamma))

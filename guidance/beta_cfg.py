@@ -9,6 +9,9 @@ prediction. With gamma 0 and a = b = 1 it is CFG.
 |d| is per sample, in eps: |D_c - D_u| / sigma, which for flow is the length in v. With gamma > 0 the weight would
 depend on the size of the latent, so |d| is scaled to the official 4x64x64 latents by sqrt(16384 / numbers) (derived).
 Defaults of the command line: a = b = 2, gamma 1, w 7.5; the readme has b = 3.
+
+With Perp-Neg d is what is left of the push, negatives included. With AAPB the blend decides where d points and not how
+long it is: gamma* is that of CFG at B w, since no closed form is known for the normalised push (derived).
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from .cfg import require_guidance
-from .contract import Guidance, GuidanceError, Predictions, Setup, Step
+from .contract import Guidance, GuidanceError, Setup, Step
 from .curve import beta_density
 from .space import TINY, expand, norm
 
@@ -66,11 +69,13 @@ class BetaCFG(Guidance):
         weight *= beta_density(step.progress, self.alpha, self.beta)
         return weight if not self.gamma or not math.isclose(weight, 1.0) else 1.0 + 1e-6  # 1 would drop the negative
 
-    def term(self, step: Step, preds: Predictions) -> Tensor | None:
-        """What turns w d of the CFG formula into w d / |d|^gamma."""
-        if preds.uncond is None or step.weight == 1.0 or not self.gamma:
-            return None
-        delta = preds.cond - preds.uncond
-        length = eps_length(delta, step.sigma)
+    def direction(self, step: Step, delta: Tensor) -> Tensor:
+        """What turns w d of the CFG formula into w d / |d|^gamma. d is the whole push from D_u: the executor's formula,
+        D_c + (w - 1) delta, is D_u + w d, and delta is what other methods (Perp-Neg) made of D_c - D_u."""
+        if step.weight in (0.0, 1.0) or not self.gamma:
+            return delta
+        pair, w = step.preds.cond - step.preds.uncond, step.weight
+        d = (pair + (w - 1) * delta) / w
+        length = eps_length(d, step.sigma)
         step.log(eps_norm=length)
-        return (expand(length.clamp_min(TINY) ** -self.gamma, delta) - 1) * step.weight * delta
+        return (expand(w * length.clamp_min(TINY) ** -self.gamma, d) * d - pair) / (w - 1)

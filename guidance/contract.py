@@ -5,13 +5,14 @@ one executor (``host/run.py``) runs the whole plan at every step, in this order:
 
 1. ``scale``      the guidance weight, before anything is evaluated (a weight of 1 drops the negative branch)
    ``latent``     what the model sees in place of the sampler's latent
+   ``left``       which pictures of the batch guidance has left, while it goes on for others
    ``predicts_uncond``  whether the negative is not evaluated although there is guidance
 2. ``sources``    which conditioning plays the role "cond" or "uncond" at this step (prompt scheduling)
 3. ``branches``   further conditionings to evaluate; all of them ride in one batched call of the host
    ``edits``      what attention does inside that call (``attention/contract.py``)
 4. ``refine``     change the branch predictions
 5. ``direction``  change delta = cond - uncond; the estimate is then cond + (weight - 1) * direction(delta).
-                  Without such a method it is uncond + weight * (cond - uncond), the host's own formula.
+                  Where no method changes delta it is uncond + weight * (cond - uncond), the host's own formula.
 6. ``term``       add to the estimate
 7. ``finish``     change the estimate
 
@@ -50,7 +51,7 @@ from torch import Tensor
 
 from ..attention.contract import AttentionEdit
 from ..attention.sites import Site
-from .space import Parametrisation
+from .space import Parametrisation, expand
 
 
 class GuidanceError(ValueError):
@@ -149,6 +150,8 @@ class Step:
         index: position of ``sigma`` in ``sigmas``, 0 .. N - 1. A solver's inner evaluation belongs to the interval
             that it falls in.
         weight: the guidance weight after the ``scale`` stage; 1 means no guidance.
+        left: pictures, ``[B]`` bool, that guidance has left: to them every method does what it does to all at weight 1,
+            see :meth:`guided_only`. None: there are none.
         plain: the predictions as the model gave them, None until they exist.
         preds: the predictions after the ``refine`` stage, for the stages that follow it.
         parametrisation: what sigma means.
@@ -166,6 +169,7 @@ class Step:
     index: int
     parametrisation: Parametrisation
     weight: float = 1.0
+    left: Tensor | None = None
     plain: Predictions | None = None
     preds: Predictions | None = None
     generator: torch.Generator | None = None
@@ -207,6 +211,10 @@ class Step:
             middle = (low + high) / 2
             low, high = (middle, high) if self.percent_to_sigma(middle) > sigma else (low, middle)
         return round(high, 6)
+
+    def guided_only(self, push: Tensor) -> Tensor:
+        """``push``, ``[B]`` or ``[B, ...]``, with 0 for the pictures that guidance has left."""
+        return push if self.left is None else torch.where(expand(self.left, push) > 0, 0, push)
 
     def log(self, **values: float | Tensor) -> None:
         """Record quantities of this step for the trace; free when nobody traces."""
@@ -272,6 +280,11 @@ class Guidance:
     def latent(self, step: Step, x: Tensor) -> Tensor:
         """The latent on which the rest of the step goes on; the sampler keeps its own."""
         return x
+
+    def left(self, step: Step) -> Tensor | None:
+        """Pictures, ``[B]`` bool, that are not guided at this step although others are. Asked once, with the step's
+        final weight."""
+        return None
 
     def predicts_uncond(self, step: Step) -> bool:
         """Whether ``refine`` supplies the negative's prediction at this step, so that nobody need evaluate it. Asked

@@ -64,4 +64,4 @@ class ExtraNegative(Guidance):
             return None
         push = preds[self.negative] - preds.uncond
         step.log(overlap=cosine(push, preds.cond - preds.uncond))
-        return -self.weight * push
+        return -self.weight * step.guided_only(push)

@@ -7,7 +7,8 @@
 
 This is eps(x~) + (1 + s) (eps(x) - eps(x~)) written for x0; the official flag guide_scale is 1 + s. a is 1 for eps and
 v models and 1 - sigma for flow (derived: x~ = (1 - sigma) D~ + sigma n with the n of x; the last line is then also that
-rule for n). D is the negative's prediction where one was made for guidance, else the positive's.
+rule for n). D is the negative's prediction where one was made for guidance, else the positive's. While guidance has
+left a part of the pictures of a batch, both are evaluated.
 
 The second pass depends on the first, so it cannot share its call. On joint attention (derived; the paper has UNets)
 the map is that of image tokens to image tokens, each query's attention to the text left out.
@@ -16,6 +17,7 @@ the map is that of image tokens to image tokens, each query's attention to the t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,7 +79,6 @@ class SelfAttentionGuidance(Guidance):
     def salience(self, step: Step, role: str) -> Tensor:
         """``[B, t, h, w]``, the mean over the prompts that play the role together."""
         maps = step.state(self).get(role)
-        step.state(self).clear()
         if not maps:
             raise GuidanceError(
                 f"{self.title}: it needs the attention of whole pictures, and the "
@@ -90,14 +91,22 @@ class SelfAttentionGuidance(Guidance):
         if self.strength == 0:
             return None
         guided = step.plain.uncond is not None and not math.isclose(step.weight, 1.0)
-        role, x0 = ("uncond", step.plain.uncond) if guided else ("cond", step.plain.cond)
-        mask = salient(self.salience(step, role), x0)
+        roles = ("cond",) if not guided else ("uncond",) if step.left is None else ("uncond", "cond")
+
+        def own(values: Sequence[Tensor]) -> Tensor:
+            """Of one value for each of ``roles`` that of each picture: guidance has left those of the second."""
+            first, *rest = values
+            return torch.where(expand(step.left, first) > 0, rest[0], first) if rest else first
+
+        x0 = own([getattr(step.plain, role) for role in roles])
+        mask = salient(own([self.salience(step, role) for role in roles]), x0)
+        step.state(self).clear()
         step.log(salient=mask.flatten(1).mean(1))
         if not mask.any():
             return None
         blurred = x0 + mask * (gaussian(x0, self.sigma, span=2) - x0)
         x = step.x + signal(step.level, step.parametrisation) * (blurred - x0)
-        (worse,) = step.evaluate(x, step.level, role)
+        worse = own(step.evaluate(x, step.level, *roles))
         some = expand(mask.flatten(1).any(1).to(x0), x0)  # a picture without salient areas stays as it is
         push = some * (blurred - worse)
         step.log(contrast=norm(push))

@@ -78,4 +78,4 @@ class CTAG(Guidance):
         tangent = perpendicular(preds.cond - preds.uncond, step.x)
         added = along(residual(step.x, preds.cond), tangent)
         step.log(tangential=norm(added) / norm(residual(step.x, preds.cond)).clamp_min(TINY))
-        return -self.eta * added  # x0 = x - e
+        return -self.eta * step.guided_only(added)  # x0 = x - e

@@ -31,7 +31,7 @@ from ..guidance.contract import (
     Variant,
     overrides,
 )
-from ..guidance.space import Parametrisation, cosine, norm, residual
+from ..guidance.space import Parametrisation, cosine, expand, norm, residual
 from ..guidance.trace import Trace, plain
 from . import conds
 from .attention import Attention, check_edit
@@ -139,6 +139,11 @@ def lineage(branch: Branch) -> tuple[Branch | str, ...]:
 
 def edits_of(plan: Plan, step: Step) -> Edits:
     return [pair for method in plan for pair in method.edits(step)]
+
+
+def keeps_uncond(plan: Plan, options: dict) -> bool:
+    """Whether the negative is evaluated in every step, also at weight 1: a method or a sampler uses it."""
+    return options.get("disable_cfg1_optimization", False) or any(method.needs_uncond for method in plan)
 
 
 def describe(function: Callable) -> str:
@@ -304,6 +309,8 @@ class Run:
         step = self.step(x, timestep, self.states)
         plan = self.active(step)
         step.weight = self.weight(step, plan, float(guider.cfg))
+        leaving = [rows for method in plan if (rows := method.left(step)) is not None]
+        step.left = torch.stack(leaving).any(0) if leaving else None
         for method in plan:
             step.x = method.latent(step, step.x)
         before = self.evaluations
@@ -341,14 +348,13 @@ class Run:
         asked_elsewhere = dict(zip(ROLES, zip(roles, fill)))
         step.evaluate = functools.partial(self.look_elsewhere, guider, options, asked_elsewhere, extra)
         unguided = math.isclose(step.weight, 1.0)
-        needs_uncond = options.get("disable_cfg1_optimization", False) or any(method.needs_uncond for method in plan)
         if not unguided and roles[1] is None:
             raise GuidanceError(
                 f"The guidance weight is {step.weight:g} but the guider has no negative conditioning. Use CFGGuider or "
                 "KSampler with a negative (an empty prompt will do), or keep the weight at 1."
             )
         predicted = [method.predicts_uncond(step) for method in plan]
-        if (unguided or any(predicted)) and not needs_uncond:
+        if (unguided or any(predicted)) and not keeps_uncond(plan, options):
             roles[1] = None
         asked = {branch: as_played(branch, sources) for branch in extra}
         here = [branch for branch in extra if getattr(branch, "model", None) is None]
@@ -431,22 +437,27 @@ class Run:
         """The guided x0 from refined predictions, then other packs' post-CFG functions, as the host runs them."""
         model, cond = guider.inner_model, preds.cond
         uncond = torch.zeros_like(cond) if preds.uncond is None else preds.uncond  # what the host hands out then
-        directions = [method for method in plan if overrides(method, "direction")]
-        if directions and preds.uncond is not None:
-            delta = cond - uncond
-            for method in directions:
+        delta = plain_delta = cond - uncond
+        if preds.uncond is not None:
+            for method in plan:
                 delta = method.direction(step, delta)
+        if delta is not plain_delta:
             x0 = cond + (step.weight - 1) * delta
         else:
             bare = {**options, "sampler_post_cfg_function": []}
             x0 = samplers.cfg_function(
                 model, cond, uncond, step.weight, step.x, step.sigma, model_options=bare, cond=roles[0], uncond=roles[1]
             )
+        if step.left is not None:
+            x0 = torch.where(expand(step.left, x0) > 0, cond, x0)
         for method in plan:
             added = method.term(step, preds)
             x0 = x0 if added is None else x0 + added
         for method in plan:
             x0 = method.finish(step, x0)
+        if step.left is not None:  # the negative of such a picture, for solvers that use it: as in a run of its own
+            alone = step.plain.uncond if keeps_uncond(plan, options) else x0
+            uncond = torch.where(expand(step.left, x0) > 0, alone, uncond)
         for function in options.get("sampler_post_cfg_function", []):
             x0 = function(
                 {"denoised": x0, "cond": roles[0], "uncond": roles[1], "cond_scale": step.weight, "model": model,

@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from hypothesis import strategies as st
 
-from rudder.guidance.contract import Guidance, Predictions, Prompt, Setup, Step, overrides
-from rudder.guidance.space import Parametrisation
+from rudder.guidance.contract import Guidance, Predictions, Prompt, Setup, Step
+from rudder.guidance.space import Parametrisation, expand
 
 KINDS = list(Parametrisation)
 sides = st.integers(1, 4)
@@ -71,16 +71,19 @@ def run_step(step: Step, preds: Predictions, *methods: Guidance) -> torch.Tensor
     plan = sorted(methods, key=lambda method: method.rank)
     step.plain = preds
     for method in plan:
+        step.left = method.left(step) if step.left is None else step.left
+    for method in plan:
         preds = method.refine(step, preds)
     step.preds = preds
     cond, uncond = preds.cond, preds.uncond
     x0 = cond if uncond is None else uncond + (cond - uncond) * step.weight
-    directions = [method for method in plan if overrides(method, "direction")]
-    if directions and uncond is not None:
-        delta = cond - uncond
-        for method in directions:
+    if uncond is not None:
+        delta = plain_delta = cond - uncond
+        for method in plan:
             delta = method.direction(step, delta)
-        x0 = cond + (step.weight - 1) * delta
+        x0 = x0 if delta is plain_delta else cond + (step.weight - 1) * delta
+    if step.left is not None:
+        x0 = torch.where(expand(step.left, x0) > 0, cond, x0)
     for method in plan:
         added = method.term(step, preds)
         x0 = x0 if added is None else x0 + added

@@ -9,11 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rudder.guidance.aapb import AAPB, optimal_gamma
 from rudder.guidance.beta_cfg import BetaCFG, eps_length
+from rudder.guidance.blend import blend
 from rudder.guidance.cfg import cfg
-from rudder.guidance.contract import GuidanceError, Predictions
+from rudder.guidance.contract import GuidanceError, Predictions, Prompt
 from rudder.guidance.curve import beta_density
-from rudder.guidance.space import expand, norm
+from rudder.guidance.perpneg import PerpNeg
+from rudder.guidance.space import cosine, expand, norm, perpendicular
 
 from .tensors import at, predictions, run_step, setup, step, weights
 
@@ -41,6 +44,30 @@ def test_it_is_the_papers_rule_on_eps(tensors, weight, gamma, index):
     length = expand(norm(d) * math.sqrt(4 * 64 * 64 / d[0].numel()), d)
     eps = (x - uncond) / sigma + beta_density(index / 9, 2, 3) * weight * d / length**gamma
     close(guided(method, x, cond, uncond, weight, index), x - sigma * eps, rtol=1e-5, atol=1e-5)
+
+
+@given(predictions(4), weights, st.integers(1, 8), st.floats(0.5, 1))
+def test_with_perp_neg_the_whole_push_has_the_papers_length(tensors, weight, index, gamma):
+    x, cond, uncond, bad = tensors
+    negative, method = Prompt([], "negative"), BetaCFG(gamma=gamma)
+    now = at(x, index)
+    now.weight = method.scale(now, weight)
+    beside = PerpNeg(negatives=(negative,), weights=(2.0,))
+    ours = run_step(now, Predictions(cond, uncond, {negative: bad}), method, beside)
+    d = cond - uncond - 2 * perpendicular(bad - uncond, cond - uncond)
+    close(ours, uncond + now.weight * expand(eps_length(d, now.sigma) ** -gamma, d) * d, rtol=1e-5, atol=1e-5)
+
+
+@given(predictions(4), weights, st.integers(1, 8))
+def test_with_aapb_the_blend_turns_the_push_and_its_length_stays(tensors, weight, index):
+    x, cond, uncond, other = tensors
+    anchor, method = Prompt([], "anchor"), BetaCFG()
+    now = at(x, index)
+    now.weight = method.scale(now, weight)
+    ours = run_step(now, Predictions(cond, uncond, {anchor: other}), method, AAPB(anchor=anchor))
+    blended = blend(cond, other, optimal_gamma(cond, other, uncond, now.weight))  # of CFG at B w, not of the normalised
+    close(cosine(ours - uncond, blended - uncond), torch.ones(len(x), dtype=x.dtype), rtol=1e-5, atol=1e-5)
+    close(eps_length(ours - uncond, now.sigma), torch.full((len(x),), now.weight, dtype=x.dtype), rtol=1e-5, atol=1e-5)
 
 
 @given(predictions(3), weights)
