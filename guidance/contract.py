@@ -227,7 +227,8 @@ class Setup:
     """What is known when sampling starts, before the model is evaluated.
 
     ``weights`` are the guidance weights of the steps after the ``scale`` stage. ``likeness`` tells what a prompt is
-    the same as: "positive", "negative", "empty" (all zeros) or None. ``sites`` are where the model attends.
+    the same as: "positive", "negative", "empty" (all zeros) or None. ``sites`` are where the model attends. ``steps``
+    are those of the run, each with an empty ``x``.
     ``features`` are the text features of the positive, ``[1 or rows, tokens, D]`` for each of its entries.
     """
 
@@ -237,6 +238,7 @@ class Setup:
     parametrisation: Parametrisation
     likeness: Callable[[Prompt], str | None] = lambda prompt: None
     sites: Sequence[Site] = ()
+    steps: Sequence[Step] = ()
     features: Sequence[Tensor] = ()
 
     @property

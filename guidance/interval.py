@@ -7,6 +7,9 @@ Outside the interval the negative is not evaluated at all: 1 evaluation instead 
 
 from __future__ import annotations
 
+import logging
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .contract import Guidance, GuidanceError, Setup, Step
@@ -45,8 +48,25 @@ class LimitedInterval(Guidance):
     def check(self, setup: Setup) -> None:
         if setup.cfg == 1.0 and not setup.guided:
             raise GuidanceError(
-                f"{self.title}: cfg is 1, so there is no guidance to limit. Raise cfg in the sampler, or "
-                "remove the node."
+                f"{self.title}: cfg is 1, so there is no guidance to limit. Raise cfg in the sampler, or use "
+                "'Structure Guidance (PAG)', which acts at cfg 1 and has a start and an end of its own."
+            )
+        self.advise(setup.steps)
+
+    def advise(self, steps: Sequence[Step]) -> None:
+        """Tell the user of limits that cut off no step of this run: those of another model, most often."""
+        inside = [self.scale(step, 2.0) != 1.0 for step in steps]
+        if not steps or not any(inside):
+            return
+        idle = [f"sigma_high {self.sigma_high:g}"] if inside[0] and math.isfinite(self.sigma_high) else []
+        idle += [f"sigma_low {self.sigma_low:g}"] if inside[-1] and self.sigma_low > 0 else []
+        if idle or all(inside):
+            logging.getLogger("rudder").warning(
+                "Rudder: %s: %s in this run, whose steps have noise levels from %.4g to %.4g.%s Flow models (SD3, "
+                "Flux, Wan) count sigma from 1 to 0, there the paper's interval is about 0.22 to 0.84; start_percent "
+                "and end_percent mean the same on every model.",
+                self.title, f"{' and '.join(idle)} cut off no step" if idle else "every step is inside",
+                steps[0].level, steps[-1].level, " All are guided: the node changes nothing." if all(inside) else "",
             )
 
     def scale(self, step: Step, weight: float) -> float:

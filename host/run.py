@@ -202,6 +202,7 @@ class Run:
             parametrisation=self.parametrisation,
             likeness=likeness,
             sites=self.sites,
+            steps=steps,
             features=[c["cross_attn"] for c in guider.conds["positive"] if c.get("cross_attn") is not None],
         )
         for title, edit in edits.values():

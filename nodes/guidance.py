@@ -203,7 +203,7 @@ class RudderLimitedInterval(io.ComfyNode):
                 io.Float.Input(
                     "sigma_high", default=5.42, min=0.0, max=10000.0, step=0.01, round=False,
                     tooltip="Guide up to this noise level (sigma), included. Paper: 5.42 for SDXL, where sigma "
-                    "starts at 14.6; about 0.84 for flow models. Tune this one first.",
+                    "starts at 14.6; about 0.84 for flow models, where 5.42 cuts off nothing. Tune this one first.",
                 ),
                 *window_inputs("Guidance acts", "Outside, the weight is 1."),
             ],

@@ -45,7 +45,8 @@ def step(index: int = 0, steps: int = 10, weight: float = 7.0, level: float | No
 def setup(cfg: float = 7.0, steps: int = 10, weights: list[float] | None = None, likeness: str | None = None,
           has_negative: bool = True) -> Setup:
     return Setup(cfg=cfg, weights=[cfg] * steps if weights is None else weights, has_negative=has_negative,
-                 parametrisation=Parametrisation.EPS, likeness=lambda prompt: likeness)
+                 parametrisation=Parametrisation.EPS, likeness=lambda prompt: likeness,
+                 steps=[step(i, steps) for i in range(steps)])
 
 
 def prompt(name: str = "anchor") -> Prompt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import pytest
@@ -93,3 +94,36 @@ def test_a_run_without_guidance_is_refused():
         LimitedInterval().check(setup(cfg=1.0))
     LimitedInterval().check(setup(cfg=1.0, weights=[1.0, 5.0]))  # Guidance Weight (CFG) on the same model
     LimitedInterval(sigma_low=99, sigma_high=100).check(setup(cfg=7.0, weights=[1.0] * 4))  # gated everywhere: as asked
+
+
+# ---------------------------------------------------------------- limits that cut off nothing
+
+
+WHOLE = "All are guided: the node changes nothing."
+IDLE = {  # the levels of the run are 1.0, 0.9 ... 0.1
+    "none given": ({}, ["every step is inside in this run", "from 1 to 0.1", WHOLE]),
+    "of another model": ({"sigma_low": 0.28, "sigma_high": 5.42}, ["sigma_high 5.42 cut off no step", "0.22 to 0.84"]),
+    "too low": ({"sigma_low": 0.05, "sigma_high": 0.84}, ["sigma_low 0.05 cut off no step"]),
+    "both": ({"sigma_low": 0.05, "sigma_high": 5.0}, ["sigma_high 5 and sigma_low 0.05 cut off no step", WHOLE]),
+}
+
+
+@pytest.mark.parametrize("case", IDLE)
+def test_limits_that_cut_off_no_step_are_announced(caplog, case):
+    limits, words = IDLE[case]
+    with caplog.at_level(logging.WARNING, "rudder"):
+        LimitedInterval(**limits).check(setup())
+    (said,) = caplog.messages
+    assert all(word in said for word in (*words, "Guidance Interval", "start_percent")), said
+    assert (WHOLE in said) == (WHOLE in words)
+
+
+@pytest.mark.parametrize(
+    "limits", [{"sigma_low": 0.28, "sigma_high": 0.84}, {"sigma_low": 0.28, "sigma_high": 5.42, "first": 0.2},
+               {"last": 0.8}, {"sigma_low": 99, "sigma_high": 100}]
+)
+def test_limits_that_cut_are_not(caplog, limits):
+    """Percents do what the idle sigma_high would, and an interval without a step is one that somebody wrote."""
+    with caplog.at_level(logging.WARNING, "rudder"):
+        LimitedInterval(**limits).check(setup())
+    assert not caplog.messages
