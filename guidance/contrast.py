@@ -40,6 +40,7 @@ class Contrast:
     blocks: str = BLOCKS
 
     title: ClassVar[str]
+    short: ClassVar[str]  # what its quantities in the trace begin with
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,9 +69,9 @@ class Contrast:
         if self.off:
             return None
         contrast = step.plain.cond - preds[self.worse]
-        step.log(contrast=norm(contrast))
+        step.log(**{f"{self.short}_norm": norm(contrast)})
         if step.plain.uncond is not None:
-            step.log(contrast_cosine=cosine(contrast, step.plain.cond - step.plain.uncond))
+            step.log(**{f"{self.short}_cosine": cosine(contrast, step.plain.cond - step.plain.uncond)})
         return self.strength * contrast
 
 
@@ -79,6 +80,7 @@ class PerturbedAttention(Contrast, Guidance):
     """PAG. The paper: s 3 with CFG 4, s 5 alone, in the middle block of SD1.5 and SDXL."""
 
     title = "Structure Guidance (PAG)"
+    short = "pag"
     rank = 9
 
     @property
@@ -93,6 +95,7 @@ class SmoothedEnergy(Contrast, Guidance):
     sigma: float = 100.0
 
     title = "Smoothness Guidance (SEG)"
+    short = "seg"
     rank = 10
 
     def __post_init__(self) -> None:

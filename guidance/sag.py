@@ -109,5 +109,5 @@ class SelfAttentionGuidance(Guidance):
         worse = own(step.evaluate(x, step.level, *roles))
         some = expand(mask.flatten(1).any(1).to(x0), x0)  # a picture without salient areas stays as it is
         push = some * (blurred - worse)
-        step.log(contrast=norm(push))
+        step.log(sag_norm=norm(push))
         return self.strength * push

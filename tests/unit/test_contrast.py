@@ -13,7 +13,7 @@ from rudder.attention.sites import Site
 from rudder.guidance.cfg import cfg
 from rudder.guidance.contract import GuidanceError, Predictions
 from rudder.guidance.contrast import BLOCKS, PerturbedAttention, SmoothedEnergy
-from rudder.guidance.space import norm
+from rudder.guidance.space import cosine, norm
 
 from .tensors import at, predictions, run_step, weights
 
@@ -127,13 +127,25 @@ def test_the_gaussian_is_one():
     assert gaussian(point, 2.0, span=2)[0, 20].count_nonzero() == 9  # the kernel of ComfyUI's own SAG
 
 
+@given(predictions(4))
+def test_each_method_has_quantities_of_its_own(tensors):
+    x, cond, first, second = tensors
+    pag, seg = PerturbedAttention(), SmoothedEnergy()
+    now = at(x)
+    run_step(now, Predictions(cond, x, {pag.worse: first, seg.worse: second}), pag, seg)
+    close(now.record["pag_norm"], norm(cond - first))
+    close(now.record["seg_norm"], norm(cond - second))
+    close(now.record["pag_cosine"], cosine(cond - first, cond - x))
+    close(now.record["seg_cosine"], cosine(cond - second, cond - x))
+
+
 @given(predictions(4), weights, st.sampled_from(METHODS))
 def test_the_push(tensors, weight, method):
     x, cond, uncond, bad = tensors
     preds = Predictions(cond, uncond, {method.worse: bad})
     now = at(x, weight=weight)
     close(run_step(now, preds, method), cfg(cond, uncond, weight) + 2 * (cond - bad))
-    close(now.record["contrast"], norm(cond - bad))
+    close(now.record[f"{method.short}_norm"], norm(cond - bad))
     close(run_step(at(x, weight=1.0), Predictions(cond, None, {method.worse: bad}), method), cond + 2 * (cond - bad))
     close(run_step(at(x), Predictions(cond, uncond, {method.worse: cond}), method), cfg(cond, uncond, 7.0))
 
