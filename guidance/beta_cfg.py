@@ -63,7 +63,9 @@ class BetaCFG(Guidance):
         ones = [beta_density(i / last, self.alpha, self.beta) for i in range(len(setup.weights))]
         if all(w == 1.0 or math.isclose(w, one, rel_tol=1e-5) for w, one in zip(setup.weights, ones)):
             setup = replace(setup, weights=[1.0])  # the weight was 1 before the schedule
-        require_guidance(self.title, setup, "there is no weight to shape; remove the node.")
+        require_guidance(
+            self.title, setup, "there is no weight to shape, but 'Structure Guidance (PAG)' brings a push of its own."
+        )
 
     def scale(self, step: Step, weight: float) -> float:
         weight *= beta_density(step.progress, self.alpha, self.beta)

@@ -52,7 +52,9 @@ class CFGZero(Guidance):
                 f"{self.title}: zero_init_steps is {self.zero_steps} in a run of {len(setup.weights)} steps, so the "
                 "model would never act. Use 1, or 0 in very short runs."
             )
-        require_guidance(self.title, setup, "this method has no meaning there; remove the node.")
+        require_guidance(
+            self.title, setup, "this method has no meaning there, 'Sharper Content (TAG)' can correct steps instead."
+        )
         if self.zero_steps and setup.parametrisation is not Parametrisation.FLOW:
             logging.getLogger("rudder").warning(
                 "Rudder: %s: zero-init is for flow models (SD3, Flux, Wan) and rests on this one; the scale of the "

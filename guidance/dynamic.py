@@ -49,7 +49,9 @@ class DynamicCFG(Guidance):
             raise GuidanceError(f"{self.title}: weights must be finite numbers, such as 1, 3, 7.5, 11, 15 (paper).")
 
     def check(self, setup: Setup) -> None:
-        require_guidance(self.title, setup, "there is no push to scale there; remove the node.")
+        require_guidance(
+            self.title, setup, "there is no push to scale there; 'Structure Guidance (PAG)' brings one of its own."
+        )
 
     def direction(self, step: Step, delta: Tensor) -> Tensor:
         if step.weight == 1.0:  # another method turned guidance off

@@ -87,7 +87,9 @@ class Schedule(Guidance):
                 f"{TITLE}: no step of this run has guidance: the curve is 0 at all of them, or another node turned it "
                 "off. Widen the curve, raise low, or use more steps."
             )
-        require_guidance(TITLE, setup, "there is no weight to schedule; remove the node.")
+        require_guidance(
+            TITLE, setup, "there is no weight to schedule, but 'Structure Guidance (PAG)' acts, with start and end."
+        )
         if max(setup.weights) > MOST:
             raise GuidanceError(
                 f"{TITLE}: the curve is so narrow that keeping the average takes a weight of {max(setup.weights):.0f}. "

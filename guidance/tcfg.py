@@ -46,7 +46,9 @@ class TCFG(Guidance):
     rank = 2
 
     def check(self, setup: Setup) -> None:
-        require_guidance(self.title, setup, "there is no negative prediction to clean; remove the node.")
+        require_guidance(
+            self.title, setup, "remove the node there; for a negative use 'Negative at Any CFG (NAG)' in its place."
+        )
 
     def refine(self, step: Step, preds: Predictions) -> Predictions:
         if preds.uncond is None or step.weight == 1.0:

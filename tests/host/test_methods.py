@@ -14,6 +14,8 @@ from rudder.guidance.beta_cfg import BetaCFG
 from rudder.guidance.cfg import cfg
 from rudder.guidance.cfg_zero import CFGZero, optimal_scale
 from rudder.guidance.contract import GuidanceError
+from rudder.guidance.contrast import PerturbedAttention
+from rudder.guidance.nag import NAG
 from rudder.guidance.negative import ExtraNegative
 from rudder.guidance.perpneg import PerpNeg
 from rudder.guidance.schedule import Schedule
@@ -22,6 +24,7 @@ from rudder.guidance.tag import CTAG, TAG
 from rudder.guidance.tcfg import TCFG, damped
 from rudder.guidance.trace import QUANTITIES, Recorder, Trace
 from rudder.host import add_guidance, plan_of
+from rudder.nodes.guidance import RudderLimitedInterval
 from rudder.nodes.guidance_more import (
     RudderAdaptiveGuidance,
     RudderAPG,
@@ -152,6 +155,12 @@ def test_methods_without_a_neutral_setting_are_their_formula(model, kind, name):
     torch.testing.assert_close(ours["uncond_denoised"], x - e_u, rtol=1e-4, atol=1e-4)  # what others are told
 
 
+AT_CFG_1 = {  # what a message names instead, by the title of its node
+    "CFG-Zero*": TAG, "TCFG": NAG, "beta-CFG": PerturbedAttention, "schedule": PerturbedAttention,
+    "dynamic": PerturbedAttention,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", [name for name in NEW if name not in ("TAG", "temporal TAG")])
 def test_without_guidance_a_method_says_so_and_names_the_way_out(model, kind, name):
     patched = guided(model, name)
@@ -160,6 +169,13 @@ def test_without_guidance_a_method_says_so_and_names_the_way_out(model, kind, na
     title = METHODS[name].method.title
     for words in (title, "Set cfg above 1", "distilled guidance (Flux-dev, few-step models) run at cfg 1: "):
         assert words in str(error.value), error.value
+    if name in AT_CFG_1:
+        assert f"'{AT_CFG_1[name].title}'" in str(error.value).split("run at cfg 1: ")[1]
+
+
+def test_the_papers_interval_says_where_it_cuts_off_nothing(model, kind, caplog):
+    sample(call(RudderLimitedInterval, model=model)[0], kind, POSITIVE, NEGATIVE)
+    assert ("sigma_high 5.42 cut off no step" in caplog.text) == (kind == "flux")
 
 
 @pytest.mark.parametrize("name", ["TAG", "temporal TAG"])
