@@ -10,8 +10,9 @@ not be read, so what follows is DERIVED. At (x, s_0), with s_k the noise levels 
     D       = D_neg + w (D_p(x) - D_neg)
 
 (y - D) / s is dx/ds in every parametrisation, so the mean is the slope at which the chain left x. The chain itself is
-thrown away. K = 1 is only CFG at 1 + (w - 1) s_n: the displacement, K >= 2, is the method. For the same reason s_n is 1
-and not w, as in DNS: the weights multiply, 7.5 and 7.5 guide like about 50. At s_n = 1 the chain needs D_u alone.
+thrown away. K = 1 is only CFG at 1 + (w - 1) s_n, while the cap does not act: the displacement, K >= 2, is the method.
+For the same reason s_n is 1 and not w, as in DNS: the weights multiply, 7.5 and 7.5 guide like about 50. At s_n = 1 the
+chain needs D_u alone.
 
 The path bends even where D_p = D_u, and w amplifies that; the cap bounds |D_p - D_neg| by ``cap`` |D_p - D_u|.
 """
