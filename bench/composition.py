@@ -13,8 +13,9 @@ from . import ROOT, prepare
 
 PAGE = ROOT / "COMPOSITION.md"
 STAGES = {  # the hooks in the order in which the executor runs them: what a user reads
-    "scale": "weight", "latent": "latent", "sources": "prompt", "branches": "evaluation", "edits": "attention",
-    "predicts_uncond": "negative", "refine": "predictions", "direction": "push", "term": "terms", "finish": "result",
+    "scale": "weight", "left": "who", "latent": "latent", "sources": "prompt", "branches": "evaluation",
+    "edits": "attention", "predicts_uncond": "negative", "refine": "predictions", "direction": "push", "term": "terms",
+    "finish": "result",
 }  # fmt: skip
 HEAD = """# Which guidance methods go together, and what happens
 
@@ -24,16 +25,17 @@ Put any of them on one MODEL, in any order of wiring: the result is the same, bi
 """  # noqa: E501
 STAGES_TEXT = """
 * **weight**: how strong guidance is at this step, and whether it acts at all
+* **who**: which pictures of the batch guidance has left, while it goes on for the others
 * **latent**: what the model sees in place of the sampler's latent
 * **prompt**: which conditioning plays the positive
-* **evaluation**: further predictions, all in the one batched call of the step
+* **evaluation**: further predictions, in the one batched call of the step; AutoGuidance asks its second model right after it. What depends on an earlier answer (ANSWER, SAG) asks for more in the stage that needs it
 * **attention**: what attention does inside that call
 * **negative**: whether it is predicted instead of evaluated
 * **predictions**: what the model said of the positive and of the negative
 * **push**: their difference, before it is multiplied by the weight
 * **terms**: what is added to the guided picture
 * **result**: the picture of the step, after everything
-"""
+"""  # noqa: E501
 
 
 def classes() -> list[type]:
