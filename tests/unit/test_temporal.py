@@ -132,6 +132,26 @@ def test_training_learns_the_noise_level_and_repeats():
     assert (after - places).abs().mean() < (seen - places).abs().mean()
 
 
+def test_a_run_that_is_off_its_noise_level_comes_back_to_it():
+    """The paper's Time-Gap, what the predictor reads less what the sampler says, does not rise: step by step."""
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.nn.functional.interpolate(torch.randn(64, 4, 2, 2, generator=generator), scale_factor=4.0)
+    predictor, _ = train(latents, 120, batch=32)
+    steps, x0 = 8, latents[:16]
+    start = x0 + 1.5 * torch.randn(x0.shape, generator=generator)  # the sampler says 1
+
+    def gaps(strength: float) -> torch.Tensor:
+        method, x, seen = TemporalTAG(predictor=predictor, strength=strength), start, []
+        for index in range(steps):  # Euler with the true x0, which keeps every error that the run began with
+            given, now = one_step(method, x, lambda y: x0, index, steps=steps)
+            x = given + now.sigma_next / now.level * (x - given)
+            seen.append(now.record["time_gap"].abs().mean())
+        return torch.stack(seen)
+
+    off, aligned = gaps(0.0), gaps(20.0)
+    assert aligned[0] == off[0] > 0.05 and (aligned[1:-1] < off[1:-1]).all() and aligned.mean() < 0.9 * off.mean()
+
+
 def test_training_stops_when_it_is_told_to():
     def stop(step: int, loss: float) -> None:
         raise KeyboardInterrupt

@@ -46,6 +46,31 @@ def test_the_reflection_of_constant_predictions_by_hand(tensors):
     close(reflected(lambda *_: strong, lambda *_: strong, x, s, to), x)  # a straight path is walked back exactly
 
 
+def test_a_gap_of_the_weight_alone_is_zigzag_sampling():
+    """Z-sampling (arXiv 2412.10891) written from DDIM (2010.02502, Eq. 12) in its own coordinates, where x has unit
+    variance and the net answers eps: a step at the strong weight, its inversion at the weak one, the step again."""
+    bars = [1 / (1 + sigma**2) for sigma in SIGMAS]  # abar of each level
+
+    def eps(x: torch.Tensor, bar: float, weight: float) -> torch.Tensor:
+        cond, uncond = torch.tanh(x + bar), torch.sin(0.5 * x - bar)
+        return uncond + weight * (cond - uncond)
+
+    def ddim(x: torch.Tensor, noise: torch.Tensor, bar: float, to: float) -> torch.Tensor:
+        clean = (x - math.sqrt(1 - bar) * noise) / math.sqrt(bar)
+        return math.sqrt(to) * clean + math.sqrt(1 - to) * noise
+
+    def side(weight: float):  # the same net as ours takes it: x0 from x = x0 + sigma eps
+        return lambda x, sigma: x - sigma * eps(x / math.sqrt(1 + sigma**2), 1 / (1 + sigma**2), weight)
+
+    x = start() * math.sqrt(bars[0])
+    for bar, to in zip(bars, bars[1:]):
+        if to < 1:
+            ahead = ddim(x, eps(x, bar, 5.5), bar, to)
+            x = ddim(ahead, eps(ahead, to, 1.0), to, bar)
+        x = ddim(x, eps(x, bar, 5.5), bar, to)
+    close(W2SD().sample(side(5.5), side(1.0), start(), SIGMAS), x)
+
+
 def test_to_first_order_it_moves_by_the_difference_of_the_slopes():
     """And equal predictions leave x to O(h^2): the rest falls fourfold when the step is halved."""
     x, s = start(), 3.0
