@@ -17,9 +17,7 @@ tokens must name the noun, attribute and texture at their place. The head that r
 from the text encoder of another model, as full-size models share theirs; --teacher also learns from what a trained UNet
 predicts for the same noisy latents (at first almost only, in the end not at all): the mean over the pictures that are
 possible, where the one picture is mostly chance. --shift moves the times: a transformer that draws what is asked with
-sloppy edges errs in the middle of the run. --painting N lets it paint N pictures with guidance beside the batch, and
-learn there too what the teacher says (DAgger, arXiv 1011.0686, recalled): its own errors lead it to places that no
-noisy picture of the world shows, and only there can it learn to mend them.
+sloppy edges errs in the middle of the run.
 Prompts are dropped now and then, for classifier-free guidance. The schedule runs on the clock: it ends after --minutes
 of training, however fast the machine is.
 """
@@ -35,19 +33,7 @@ import torch
 
 from . import world
 from .data import Pictures, load_vae
-from .trainlib import (
-    MODELS,
-    Log,
-    adopt,
-    average,
-    exact_muon,
-    half,
-    host,
-    in_parallel,
-    initialise,
-    plain_attention,
-    rate,
-)
+from .trainlib import MODELS, Log, adopt, average, half, host, in_parallel, initialise, plain_attention, rate
 
 WIDTH, TOKENS = 96, 24  # of the text encoder and of the context; no caption of the world has more than 20 tokens
 UNET = {"image_size": 16, "in_channels": 16, "out_channels": 16, "model_channels": 64, "channel_mult": [1, 2, 2],
@@ -94,7 +80,7 @@ class Networks(torch.nn.Module):
         torch.nn.init.normal_(tables.token_embedding.weight, std=0.5)
         torch.nn.init.normal_(tables.position_embedding.weight, std=0.02)
         self.forward = self.flow if "flux" in config else self.epsilon
-        self.taught, self.shift, self.painting = None, SHIFT, None  # the teacher's `velocity`; a Painting
+        self.taught, self.shift = None, SHIFT  # the teacher's `velocity`
         if "flux" in config:
             self.head = torch.nn.Sequential(torch.nn.LayerNorm(FLUX["hidden_size"]),
                                             torch.nn.Linear(FLUX["hidden_size"], sum(KINDS)))
@@ -132,70 +118,18 @@ class Networks(torch.nn.Module):
              ) -> torch.Tensor:
         """Rectified flow: x_t = (1 - t) z + t noise, target noise - z, t logit-normal from the uniform u; and what the
         hidden image tokens say is where. truth [B, 3, 8, 8], progress of the training 0..1."""
-        n = len(z)
-        t = torch.sigmoid(torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4)) + self.shift)
+        t = torch.sigmoid(torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4)) + self.shift).view(-1, 1, 1, 1)
         noise = torch.randn_like(z)
-        x, target = torch.lerp(z, noise, t.view(-1, 1, 1, 1)), noise - z
-        if self.painting:
-            more = self.painting.rows()
-            x, t, tokens = (torch.cat(pair) for pair in zip((x, t, tokens), more))
         text = self.text(tokens)
-        said = self.net(x, t, text[0].float(), text[3].float()).float()
-        loss = 0.0
+        x, target = (1 - t) * z + t * noise, noise - z
         if self.taught:
-            known = (t < TAUGHT).nonzero().flatten()
-            teacher = self.taught(x[known], t[known].view(-1, 1, 1, 1), tokens[known])
-            own = known < n
-            target[known[own]] = target[known[own]].lerp(teacher[own], 1 - progress**2)
-            if self.painting:
-                loss = self.painting.loss(said[n:], known[~own] - n, teacher[~own])
-                self.painting.step(said[n:].detach(), z, tokens[:n])
-        names = self.head(self.hidden[:n]).float().movedim(-1, 1).split(KINDS, 1)
+            known = t < TAUGHT
+            target = target.lerp(self.taught(x, t.clamp(max=TAUGHT), tokens), known * (1 - progress**2))
+        error = self.net(x, t.flatten(), text[0].float(), text[3].float()).float() - target
+        names = self.head(self.hidden).float().movedim(-1, 1).split(KINDS, 1)
         wrong = sum(torch.nn.functional.cross_entropy(said, true, ignore_index=-1)
                     for said, true in zip(names, truth.flatten(2).unbind(1)))
-        return loss + ((said[:n] - target)**2).mean() + NAMING * wrong
-
-
-class Painting:
-    """Pictures that the transformer paints with guidance while it trains, each at a time, weight and step of its own.
-
-    x [n, 16, 16, 16], t [n], tokens [n, 24]; `rows` are all of them with their prompts, then all without one."""
-
-    def __init__(self, n: int, z: torch.Tensor, tokens: torch.Tensor, empty: torch.Tensor):
-        """From the first n pictures of a batch: noisy ones to begin with. empty [24]: tokens of no prompt."""
-        self.t = torch.rand(n, device=z.device)
-        self.x = torch.lerp(z[:n], torch.randn_like(z[:n]), self.t.view(-1, 1, 1, 1))
-        self.tokens, self.empty = tokens[:n].clone(), empty.expand(n, -1)
-        self.weight, self.size = self.drawn(n, z.device)
-
-    @staticmethod
-    def drawn(n: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights of guidance and sizes of a step, [n, 1, 1, 1] and [n]: cfg 3 to 8, 20 to 30 steps."""
-        return 3 + 5 * torch.rand(n, 1, 1, 1, device=device), 1 / torch.randint(20, 31, (n,), device=device)
-
-    def rows(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.x.repeat(2, 1, 1, 1), self.t.repeat(2), torch.cat([self.tokens, self.empty])
-
-    def guided(self, said: torch.Tensor) -> torch.Tensor:
-        cond, uncond = said.chunk(2)
-        return uncond + self.weight * (cond - uncond)
-
-    def loss(self, said: torch.Tensor, known: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        """Against the teacher's velocities of the `known` rows: of the prediction with the prompt and of the guided
-        one, whose error guidance multiplies."""
-        error = torch.zeros_like(said)
-        error[known] = said[known] - teacher
-        return (error[:len(self.x)]**2 + self.guided(error)**2 / self.weight).mean()
-
-    def step(self, said: torch.Tensor, z: torch.Tensor, tokens: torch.Tensor) -> None:
-        """One step of Euler; what is finished begins anew with a prompt of the batch."""
-        self.x = self.x - self.size.view(-1, 1, 1, 1) * self.guided(said)
-        self.t = self.t - self.size
-        done = (self.t < self.size / 2).nonzero().flatten()
-        pick = torch.randint(len(z), (len(done),), device=z.device)
-        self.x[done], self.t[done], self.tokens[done] = torch.randn_like(self.x[done]), 1.0, tokens[pick]
-        weight, size = self.drawn(len(done), z.device)
-        self.weight, self.size = self.weight.index_copy(0, done, weight), self.size.index_copy(0, done, size)
+        return (error**2).mean() + NAMING * wrong
 
 
 def optimizers(kind: str, net: Networks, lr: float) -> list[torch.optim.Optimizer]:
@@ -245,8 +179,6 @@ def work(rank: int, processes: int, arg: argparse.Namespace) -> None:
         teacher = Networks(demo, configuration("unet", load_vae(arg.out)["saved"], tokenizer)).to(device)
         start_from(teacher, "unet", arg.teacher)
         net.taught = teacher.requires_grad_(False).eval().velocity
-    if device.type == "cpu":
-        exact_muon()
     optimizer = optimizers(arg.kind, net, arg.lr)
     parameters = [p for o in optimizer for g in o.param_groups for p in g["params"]]
     names = {id(p): k for k, p in net.named_parameters()}
@@ -266,10 +198,6 @@ def work(rank: int, processes: int, arg: argparse.Namespace) -> None:
     header = {"seed": arg.seed, "batch": arg.batch, "lr": arg.lr, "slip": arg.slip, "parameters": size}
     log = Log(f"shapes-{arg.kind}", arg.out / f"log-{arg.kind}.json", **header) if rank == 0 else None
     n, losses = arg.batch // processes, []
-    if arg.painting:
-        z, tokens, _ = pictures.batch(arg.painting // processes, 0.0)
-        empty = torch.tensor(tokenizer("", padding="max_length", max_length=TOKENS)["input_ids"])
-        net.painting = Painting(len(z), *(t.to(device) for t in (z, tokens, empty)))
     start = shown = kept = time.time()
     clock = torch.tensor([before / (60 * arg.minutes)])  # progress, averaged over the processes
     while clock.item() < 1:
@@ -324,7 +252,6 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="a shipped model whose text encoder to start from")
     parser.add_argument("--shift", type=float, default=SHIFT, help="flux: of the times; lower for edges and details")
     parser.add_argument("--teacher", type=Path, help="flux: a shipped UNet to learn from as well")
-    parser.add_argument("--painting", type=int, default=0, help="flux: pictures to paint beside each batch; see above")
     parser.add_argument("--out", type=Path, required=True)
     arg = parser.parse_args()
     in_parallel(work, arg.processes, arg, port=arg.port)

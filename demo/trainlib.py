@@ -63,19 +63,6 @@ def plain_attention() -> None:
     comfy.clip_model.optimized_attention_for_device = lambda *_, **__: plain
 
 
-def exact_muon() -> None:
-    """Give torch's Muon the nearest orthogonal matrix by an eigendecomposition of the short side's Gram matrix: its own
-    iteration runs in bfloat16 and takes five times as long on a processor without such instructions."""
-    def orthogonal(grad: torch.Tensor, *_) -> torch.Tensor:
-        wide = grad.float() if len(grad) <= grad.shape[1] else grad.float().T
-        squares, basis = torch.linalg.eigh(wide @ wide.T)
-        root = squares.clamp(min=1e-6 * float(squares[-1]) + 1e-20).rsqrt()  # what is nearly nothing stays small
-        out = (basis * root) @ (basis.T @ wide)
-        return out if len(grad) <= grad.shape[1] else out.T
-
-    torch.optim._muon._zeropower_via_newtonschulz = orthogonal
-
-
 def initialise(module: torch.nn.Module, zero: tuple[str, ...] = ()) -> torch.nn.Module:
     """The host leaves weights unset (it expects a file): give every layer torch's own initial weights, and zero to
     the layers whose name ends with one of `zero`, so that residual branches start silent."""
