@@ -723,6 +723,12 @@ def command_env(args: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="dev.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -745,7 +751,7 @@ def parser() -> argparse.ArgumentParser:
     for command in (run, serve):
         command.add_argument("--out", default=str(ROOT / "out"), metavar="DIR", help="where pictures go (default out/)")
     test = add("test", "ruff, unit, host and end-to-end tests; other arguments go to pytest")
-    test.add_argument("--jobs", type=int, help=f"phases at a time (default: one for each CPU, at most {MOST_JOBS})")
+    test.add_argument("--jobs", type=positive, help=f"phases at a time (default: one a CPU, at most {MOST_JOBS})")
     add("bench", "the proving ground; other arguments go to bench")
     add("matrix", "write COMPOSITION.md: which guidance methods go together, and what happens")
     add("python", "Python in the environment with COMFYUI_PATH set; other arguments go to Python")

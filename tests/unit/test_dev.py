@@ -423,6 +423,13 @@ def test_a_mistyped_option_is_refused(dev, capsys):
     assert "--sede" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("jobs", ["0", "-1", "two"])
+def test_no_phase_at_a_time_is_refused(dev, capsys, jobs):
+    with pytest.raises(SystemExit):
+        dev.main(["test", f"--jobs={jobs}"])
+    assert "is not a number from 1 on" in capsys.readouterr().err
+
+
 def test_a_missing_workflow_is_named(dev, capsys):
     assert dev.main(["run", "no/such.json"]) == 1
     assert "there is no workflow no/such.json" in capsys.readouterr().err.replace("\\", "/")
