@@ -279,6 +279,7 @@ class Run:
                 second.begin(args[0])
             return executor(guider, *args, **kwargs)
         finally:
+            self.attention.step = None  # it leads back here: the ring would hold the MODEL, a leak to the host
             for second in self.seconds.values():
                 second.end()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import weakref
 from dataclasses import dataclass
 
 import comfy.hooks
@@ -16,6 +18,7 @@ from comfy.model_management import InterruptProcessingException
 from rudder.guidance.aapb import AAPB
 from rudder.guidance.cfg import CFG
 from rudder.guidance.contract import Guidance, Predictions, Prompt, Step
+from rudder.guidance.contrast import PerturbedAttention
 from rudder.guidance.trace import Recorder, Trace
 from rudder.host import add_guidance, plan_of
 
@@ -127,6 +130,22 @@ def run(guider: comfy.samplers.CFGGuider, kind: str, callback=None) -> torch.Ten
 def cancelled(step: int, *_):
     if step == 1:
         raise InterruptProcessingException()
+
+
+@pytest.mark.parametrize("method", [CFG(weight=2.0), PerturbedAttention(blocks="middle, double")], ids=["guidance", "attention"])
+def test_a_run_leaves_no_ring_of_references_to_its_model(model, kind, method):
+    """The host drops a MODEL by its count of references; one that waits for the garbage collector is a leak to it."""
+    patched = add_guidance(model, method)
+    gone, collecting = weakref.ref(patched), gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        sample(patched, kind, POSITIVE, NEGATIVE, steps=2)
+        del patched
+        assert gone() is None
+    finally:
+        if collecting:
+            gc.enable()
 
 
 OUTCOMES = {
