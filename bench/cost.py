@@ -63,10 +63,11 @@ from rudder.guidance.temporal_net import TimePredictor
 from rudder.guidance.trace import Recorder, Trace
 from rudder.host import add_guidance
 from rudder.host import demo as demo_host
-from rudder.host.samplers import cfg_pp
+from rudder.host.samplers import cfg_pp, w2sd
 from rudder.host.sites import sites_of
 from rudder.host.words import encoded
 from rudder.inversion.cfg_pp import CFGPP
+from rudder.inversion.w2sd import W2SD
 
 from . import Options, Table
 from .generate import Painter, counting, files
@@ -105,7 +106,7 @@ class Untrained:
 class Row:
     """The methods on the MODEL in wiring order, and how many evaluations the step at a noise level must take.
 
-    ``apart``: as many of them, beyond the first two, depend on earlier ones and come one after another.
+    ``after``: what depends on the first batched call and comes after it: the conds of each further call.
     ``sampler``: a SAMPLER of ours in euler's place. ``joint``: further evaluations on joint attention (Flux).
     ``own``: ComfyUI's own node on the MODEL instead, at its own defaults; ``like``: the name of our row that it does
     the work of, '' while there is none.
@@ -115,7 +116,7 @@ class Row:
     name: str
     methods: Callable[[Prompt], tuple[Guidance, ...]] = lambda anchor: ()
     evaluations: Callable[[float], int] = lambda sigma: 2
-    apart: int = 0
+    after: tuple[int, ...] = ()
     own: Callable[[Any], Any] | None = None
     like: str = ""
     sampler: Any = None
@@ -129,7 +130,7 @@ class Row:
 
 def own(node: str, execute: Callable[[Any], Any], evaluations: int, like: str = "") -> Row:
     """A node of ComfyUI; what it evaluates beyond two comes after them."""
-    return Row(f"ComfyUI's own node {node}", lambda a: (), lambda s: evaluations, evaluations - 2,
+    return Row(f"ComfyUI's own node {node}", lambda a: (), lambda s: evaluations, (1,) * (evaluations - 2),
                lambda model: execute(model).args[0], like)
 
 
@@ -154,7 +155,7 @@ ROWS = (
     Row("Guidance Schedule, flat", lambda a: (Schedule(shape="interval"),), lambda s: 2),
     Row("Safe Negatives (Perp-Neg), one", lambda a: (PerpNeg(negatives=(a,)),), lambda s: 3),
     Row("Extra Negative", lambda a: (ExtraNegative(negative=a),), lambda s: 3),
-    Row("Self-found Negative (ANSWER), chain 2", lambda a: (ANSWER(chain=2),), lambda s: 3 if s > LAST else 2, apart=1),
+    Row("Self-found Negative (ANSWER), chain 2", lambda a: (ANSWER(chain=2),), lambda s: 3 if s > LAST else 2, (1,)),
     Row("Image and Text Strength, base given", lambda a: (InstructGuidance(base=a),), lambda s: 3),
     Row("Normalised Guidance (beta-CFG)", lambda a: (BetaCFG(),), lambda s: 2),
     Row("Self-tuning CFG (dynamic), five weights", lambda a: (DynamicCFG(scorer=Overshoot()),), lambda s: 2),
@@ -164,12 +165,16 @@ ROWS = (
     Row("Structure Guidance (PAG)", lambda a: (PerturbedAttention(blocks="middle, double.0"),), lambda s: 3),
     own("PerturbedAttentionGuidance", lambda m: OwnPAG.execute(m, 3.0), 3, "Structure Guidance (PAG)"),
     Row("Smoothness Guidance (SEG)", lambda a: (SmoothedEnergy(blocks="middle, double.0"),), lambda s: 3),
-    Row("Salient Detail Guidance (SAG)", lambda a: (SelfAttentionGuidance(),), lambda s: 3, apart=1),
+    Row("Salient Detail Guidance (SAG)", lambda a: (SelfAttentionGuidance(),), lambda s: 3, after=(1,)),
     own("SelfAttentionGuidance", lambda m: OwnSAG.execute(m, 0.5, 2.0), 3, "Salient Detail Guidance (SAG)"),
     Row("Negative at Any CFG (NAG)", lambda a: (NAG(negative=a),), lambda s: 2, joint=1),
     Row("Other Sizes (attention entropy)", lambda a: (AttentionEntropy(trained=(4, 4)),), lambda s: 2),
     Row("Low Guidance Sampler (CFG++), euler", lambda a: (), lambda s: 2, sampler=cfg_pp(CFGPP())),
+    Row("Low Guidance Sampler (CFG++), ancestral", lambda a: (), lambda s: 2,
+        sampler=cfg_pp(CFGPP(solver="euler ancestral"))),
     Row("Low Guidance Sampler (CFG++), dpm++ 2m", lambda a: (), lambda s: 2, sampler=cfg_pp(CFGPP(solver="dpm++ 2m"))),
+    Row("Reflection Sampler (W2SD), weak side at cfg 1", lambda a: (), lambda s: 5 if s > LAST else 2, (1, 2),
+        sampler=w2sd(W2SD())),
     Row("Source and Edits alone", edits=lambda e, blocks: ()),
     Row("Edit by Words (Prompt-to-Prompt)", edits=lambda e, blocks: (PromptToPrompt(edit=e),)),
     Row("Keep the Rest (Local Blend)", edits=lambda e, blocks: (LocalBlend(edit=e, blocks=blocks),)),
@@ -282,19 +287,19 @@ def refusal(model: Any, plain: Any, *run: Any) -> str:
 
 
 def timed(
-    model: Any, conds: Conds, batch: int, steps: int, size: int, evaluations: list[int], apart: int = 0,
-    sampler: Any = None,
+    model: Any, conds: Conds, batch: int, steps: int, size: int, evaluations: list[int],
+    after: tuple[int, ...] = (), sampler: Any = None,
 ) -> Pairs:  # fmt: skip
     """One run, from its second step on."""
     out, started = [], [0.0]
 
     def each_step(guider, index, x, sigma, options) -> None:
         done = clock()
-        alone = max(min(apart, evaluations[index] - 2), 0)
-        few = list(guider.conds.values())[: evaluations[index] - alone]
-        assert len(few) + alone == evaluations[index], "the run does not hold as many conds as it evaluates"
+        later = after if evaluations[index] >= 2 + sum(after) else ()
+        few = list(guider.conds.values())[: evaluations[index] - sum(later)]
+        assert len(few) + sum(later) == evaluations[index], "the run does not hold as many conds as it evaluates"
         begun = clock()
-        for some in (few, *[few[:1]] * alone):
+        for some in (few, *(few[:count] for count in later)):
             comfy.samplers.calc_cond_batch(guider.inner_model, some, x, sigma, options)
         reference = clock() - begun
         if index > 0:  # the first also holds the set-up of the run
@@ -335,7 +340,7 @@ def measure(
     pairs: dict[Row, Pairs] = {row: [] for row in runs}
     for _ in range(repeats):
         for row, run in runs.items():
-            pairs[row] += timed(*run, evaluations[row], row.apart, row.sampler)
+            pairs[row] += timed(*run, evaluations[row], row.after, row.sampler)
     table = []
     for row, run in runs.items():
         expected = [row.evaluations(float(sigma)) + row.joint * joint for sigma in sigmas]
@@ -353,13 +358,19 @@ def measure(
 def against(rows: list[dict[str, Any]]) -> list[str]:
     """What a step of ours takes against ComfyUI's own node for the same, for each model and batch size."""
     at = {(row["model"], row["batch"], row["method"]): row for row in rows}
-    out = []
+    out, slower, pairs = [], [], 0
     for row in (r for r in ROWS if r.own and r.like):
+        both = {(model, batch): (ours, theirs) for (model, batch, method), theirs in at.items()
+                if method == row.name and (ours := at.get((model, batch, row.like)))}
         said = [f"{model}, batch {batch}: {ours['step_ms']:.1f} and {theirs['step_ms']:.1f} ms a step, ratios "
-                f"{ours['ratio']:.3f} and {theirs['ratio']:.3f}"
-                for (model, batch, method), theirs in at.items()
-                if method == row.name and (ours := at.get((model, batch, row.like)))]
+                f"{ours['ratio']:.3f} and {theirs['ratio']:.3f}" for (model, batch), (ours, theirs) in both.items()]
         out += [f"{row.like} against {row.name}: {'; '.join(said)}."] * bool(said)
+        slower += [f"{row.like} ({model}, batch {batch}) {ours['step_ms'] / theirs['step_ms']:.3f}"
+                   for (model, batch), (ours, theirs) in both.items() if ours["step_ms"] > AIM * theirs["step_ms"]]
+        pairs += len(both)
+    if pairs:
+        out.append(f"Aim: never slower than ComfyUI's own node, to {AIM} for noise: "
+                   f"{'NOT MET by ' + ', '.join(slower) if slower else 'met'} ({pairs} comparisons).")
     return out
 
 

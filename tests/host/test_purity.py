@@ -132,7 +132,10 @@ def cancelled(step: int, *_):
         raise InterruptProcessingException()
 
 
-@pytest.mark.parametrize("method", [CFG(weight=2.0), PerturbedAttention(blocks="middle, double")], ids=["guidance", "attention"])
+RINGS = {"guidance": CFG(weight=2.0), "attention": PerturbedAttention(blocks="middle, double")}
+
+
+@pytest.mark.parametrize("method", RINGS.values(), ids=RINGS)
 def test_a_run_leaves_no_ring_of_references_to_its_model(model, kind, method):
     """The host drops a MODEL by its count of references; one that waits for the garbage collector is a leak to it."""
     patched = add_guidance(model, method)
