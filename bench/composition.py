@@ -36,6 +36,13 @@ STAGES_TEXT = """
 * **terms**: what is added to the guided picture
 * **result**: the picture of the step, after everything
 """  # noqa: E501
+SAMPLERS_TEXT = """
+## With Rudder's samplers
+
+They stand at the other end of the graph, so there is no order of wiring. *Low Guidance Sampler (CFG++)* sets the guidance weight of every prediction itself, and so does *Reflection Sampler (W2SD)* for its weak side where that is a cfg: both refuse a MODEL that carries {setting}. A weak guider of its own has its own MODEL and nodes, and nothing is refused.
+
+Every other method above acts under CFG++ as it does under CFG at the weight that its strength comes to at that step, and under W2SD in each of the predictions of a step (strong, weak, strong again) on the MODEL that it is wired to (`tests/host/test_samplers.py`: CFG++ with every method that needs no source and edits, W2SD with AAPB).
+"""  # noqa: E501
 
 
 def classes() -> list[type]:
@@ -104,6 +111,8 @@ def page() -> str:
             said = refusal(first, second)
             lines.append(f"* **{second.title}**: {f'refused. “{said}”' if said else order(first, second)}")
         lines.append("\n</details>\n")
+    setting = [f"*{kind.title}*" for kind in kinds if "guidance weight" in kind.claims]
+    lines.append(SAMPLERS_TEXT.format(setting=" or ".join(setting)).strip())
     return "\n".join(lines).rstrip() + "\n"
 
 
