@@ -191,12 +191,16 @@ def having(prompt: list, **options) -> list:
     return [[features, {**settings, **options}] for features, settings in prompt]
 
 
+LORA_KEYS = ("attn2.to_k.weight", "attn2.to_v.weight", "attn.qkv.weight", "attn.to_k.weight", "attention.qkv.weight",
+             "cross_attn.k.weight", "cross_attn.v.weight")
+
+
 def lora(model, seed: int) -> dict[str, torch.Tensor]:
     """A LoRA file's content for the attention weights of a model."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for key, weight in model.model.state_dict().items():
-        if key.endswith(("attn2.to_k.weight", "attn2.to_v.weight", "attn.qkv.weight")):
+        if key.endswith(LORA_KEYS):
             name = key.removesuffix(".weight")
             weights[f"{name}.lora_up.weight"] = torch.randn(weight.shape[0], 4, generator=generator) * 0.3
             weights[f"{name}.lora_down.weight"] = torch.randn(4, weight.shape[1], generator=generator) * 0.3

@@ -223,8 +223,9 @@ PROMPTS = {
     "masks": lambda model, family: (masks(POSITIVE), NEGATIVE),
     "another length": lambda model, family: (conditioning(1, 6), conditioning(2, 9)),
     "ControlNet": lambda model, family: (controlled(model, family), NEGATIVE),
-    "LoRA hooks": lambda model, family: (
-        having(POSITIVE, hooks=comfy.hooks.create_hook_lora(lora(model, 1), 1.0, 0.0)), NEGATIVE
+    "LoRA hooks": lambda model, family: (  # Z-Image normalises what attention gives: what is loud does not get louder
+        having(POSITIVE, hooks=comfy.hooks.create_hook_lora(lora(model, 1), 0.05 if family == "zimage" else 1.0, 0.0)),
+        NEGATIVE,
     ),
     "range": lambda model, family: (
         having(POSITIVE, end_percent=0.1) + having(conditioning(3), start_percent=0.1), NEGATIVE

@@ -111,7 +111,7 @@ def met(model, family, kinds=Same.kinds, **options) -> list:
 
 
 @pytest.mark.parametrize("split", [False, True], ids=["joint", "split"])
-@pytest.mark.parametrize("prompts", ["plain", "two prompts", "another length", "range"])
+@pytest.mark.parametrize("prompts", [name for name in attention.PROMPTS if name != "ControlNet"])
 def test_an_edit_changes_its_rows_and_no_other(family, network, prompts, split, monkeypatch):
     if family in ("lumina", "zimage"):  # the oracle knows no sites, and attention among the text alone is none
         def louder(func, *args, **kwargs):
