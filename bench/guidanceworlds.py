@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -102,8 +103,11 @@ def remembered(file: Path, make: Callable[[], Measured]) -> Measured:
 Name = tuple[str, str, float]  # kind, key of the row, cfg
 
 
-def measured(world: World, plan: Plan, work: Path, shard: tuple[int, int], cfgs: Sequence[float]) -> tuple[dict, int]:
-    """Every row that is there, after doing this shard's share of what is not; and how many are missing."""
+def measured(
+    world: World, plan: Plan, work: Path, shard: tuple[int, int], cfgs: Sequence[float], until: float = math.inf,
+) -> tuple[dict, int]:  # fmt: skip
+    """Every row that is there, after doing this shard's share of what is not, up to ``until`` (of time.monotonic); and
+    how many are missing."""
     generator = torch.Generator().manual_seed(3)
     ruler = Ruler.of(world, generator, plan.truths)
     truth, second = (world.true_samples(plan.count, generator) for _ in range(2))
@@ -119,7 +123,7 @@ def measured(world: World, plan: Plan, work: Path, shard: tuple[int, int], cfgs:
     for i, (kind, key, cfg) in enumerate(names):
         code = cells.code_of(ROWS[key].parts(Given(Prompt((), "anchor"), kind, cfg, SAMPLER)))
         file = place(work, world, plan) / f"{kind.value}_{key}_cfg{cfg:g}_{code}.json"
-        if file.is_file() or i % shard[1] == shard[0]:
+        if file.is_file() or (i % shard[1] == shard[0] and time.monotonic() < until):
             out[kind.value, key, cfg] = remembered(file, partial(run, kind, key, cfg))
     return out, len(names) + 1 - len(out)
 
@@ -165,8 +169,8 @@ def notes(found: dict[Name, Measured], world: World) -> list[str]:
     return out
 
 
-def parts(options: Options, work: Path) -> tuple[list[Table], int]:
-    """A table for each world, and how many rows are missing."""
+def parts(options: Options, work: Path, until: float = math.inf) -> tuple[list[Table], int]:
+    """A table for each world, from what is there at ``until`` (of time.monotonic), and how many rows are missing."""
     from . import guidanceplots
 
     plan = QUICK if options.quick else Plan()
@@ -175,7 +179,8 @@ def parts(options: Options, work: Path) -> tuple[list[Table], int]:
     order, out, missing = {key: i for i, key in enumerate([FLOOR, *ROWS])}, [], 0
     for make in WORLDS.values():
         world = make()
-        found, absent = measured(world, plan, work, options.shard, QUICK_CFGS if options.quick else CFGS)
+        found, absent = measured(world, plan, work, options.shard, QUICK_CFGS if options.quick else CFGS,
+                                 until)
         missing += absent
         names = sorted(found, key=lambda name: (name[0], order[name[1]], name[2]))
         about = [f"{plan.batches} batches of {plan.size} samples, euler, {plan.steps} steps; the columns are explained "

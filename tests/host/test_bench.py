@@ -604,6 +604,8 @@ def test_the_expectations_are_computed_from_what_was_seen():
 def test_the_exact_worlds_have_a_row_for_every_method(tmp_path, monkeypatch):
     monkeypatch.setattr(guidanceworlds, "WORLDS", {"overlap": guidanceworlds.WORLDS["overlap"]})
     options = bench.Options(quick=True, work=tmp_path)
+    [none], missing = guidanceworlds.parts(options, tmp_path, until=0.0)
+    assert [row["method"] for row in none.rows] == [guidanceworlds.FLOOR] and missing > 2, "time is up"
     [half], missing = guidanceworlds.parts(replace(options, shard=(0, 2)), tmp_path)
     assert missing > 0
     [table], missing = guidanceworlds.parts(options, tmp_path)
