@@ -358,19 +358,19 @@ def measure(
 def against(rows: list[dict[str, Any]]) -> list[str]:
     """What a step of ours takes against ComfyUI's own node for the same, for each model and batch size."""
     at = {(row["model"], row["batch"], row["method"]): row for row in rows}
-    out, slower, pairs = [], [], 0
+    out, times = [], {}
     for row in (r for r in ROWS if r.own and r.like):
-        both = {(model, batch): (ours, theirs) for (model, batch, method), theirs in at.items()
+        both = {f"{model}, batch {batch}": (ours, theirs) for (model, batch, method), theirs in at.items()
                 if method == row.name and (ours := at.get((model, batch, row.like)))}
-        said = [f"{model}, batch {batch}: {ours['step_ms']:.1f} and {theirs['step_ms']:.1f} ms a step, ratios "
-                f"{ours['ratio']:.3f} and {theirs['ratio']:.3f}" for (model, batch), (ours, theirs) in both.items()]
+        said = [f"{where}: {ours['step_ms']:.1f} and {theirs['step_ms']:.1f} ms a step, ratios {ours['ratio']:.3f} and "
+                f"{theirs['ratio']:.3f}" for where, (ours, theirs) in both.items()]
         out += [f"{row.like} against {row.name}: {'; '.join(said)}."] * bool(said)
-        slower += [f"{row.like} ({model}, batch {batch}) {ours['step_ms'] / theirs['step_ms']:.3f}"
-                   for (model, batch), (ours, theirs) in both.items() if ours["step_ms"] > AIM * theirs["step_ms"]]
-        pairs += len(both)
-    if pairs:
+        times |= {f"{row.like} ({where})": ours["step_ms"] / theirs["step_ms"]
+                  for where, (ours, theirs) in both.items()}
+    if times:
+        slower = ", ".join(f"{name} {ratio:.3f}" for name, ratio in times.items() if ratio > AIM)
         out.append(f"Aim: never slower than ComfyUI's own node, to {AIM} for noise: "
-                   f"{'NOT MET by ' + ', '.join(slower) if slower else 'met'} ({pairs} comparisons).")
+                   f"{'NOT MET by ' + slower if slower else 'met'} ({len(times)} comparisons).")
     return out
 
 

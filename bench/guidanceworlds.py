@@ -179,8 +179,7 @@ def parts(options: Options, work: Path, until: float = math.inf) -> tuple[list[T
     order, out, missing = {key: i for i, key in enumerate([FLOOR, *ROWS])}, [], 0
     for make in WORLDS.values():
         world = make()
-        found, absent = measured(world, plan, work, options.shard, QUICK_CFGS if options.quick else CFGS,
-                                 until)
+        found, absent = measured(world, plan, work, options.shard, QUICK_CFGS if options.quick else CFGS, until)
         missing += absent
         names = sorted(found, key=lambda name: (name[0], order[name[1]], name[2]))
         about = [f"{plan.batches} batches of {plan.size} samples, euler, {plan.steps} steps; the columns are explained "
