@@ -68,6 +68,10 @@ class Cell:
         prompts = rareshapes.prompts(self.category, self.split)
         return prompts[i % len(prompts)]
 
+    def text(self, i: int) -> str:
+        """What the model is told for the i-th picture."""
+        return self.prompt(i).text
+
     def seed(self, i: int) -> int:
         """Of the i-th picture: a function of its prompt and of how often the prompt came before."""
         repeat = i // len(rareshapes.prompts(self.category, self.split))
@@ -76,6 +80,13 @@ class Cell:
     @property
     def prompts(self) -> list[RarePrompt]:
         return [self.prompt(i) for i in range(self.n)]
+
+
+class Unprompted(Cell):
+    """The same pictures painted from nothing: the seeds of the prompts that the model is not told."""
+
+    def text(self, i: int) -> str:
+        return ""
 
 
 @dataclass(frozen=True)
@@ -176,12 +187,12 @@ class Store:
         """Make one batch and keep it. Returns the seconds that it took."""
         begun = time.perf_counter()
         index = range(job.first, job.last)
-        prompts = [job.cell.prompt(i) for i in index]
+        texts = [job.cell.text(i) for i in index]
         seeds = [job.cell.seed(i) for i in index]
-        anchors = [p.anchors[job.cell.anchor] for p in prompts] if job.cell.anchor else ()
+        anchors = [job.cell.prompt(i).anchors[job.cell.anchor] for i in index] if job.cell.anchor else ()
         settings = replace(self.settings, cfg=job.cell.cfg)
-        made = self.painter.paint([p.text for p in prompts], seeds, anchors, job.methods, settings, **job.more)
-        about = {"prompts": [p.text for p in prompts], "anchors": list(anchors), "seeds": seeds,
+        made = self.painter.paint(texts, seeds, anchors, job.methods, settings, **job.more)
+        about = {"prompts": texts, "anchors": list(anchors), "seeds": seeds,
                  "model": self.painter.name, "settings": asdict(settings), "method": job.cell.method,
                  "commit": self.commit, "evaluations": made.evaluations, "seconds": made.seconds,
                  "each": list(made.each)}

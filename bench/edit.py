@@ -13,10 +13,12 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import comfy.patcher_extension as ext
 import numpy as np
 import torch
 
@@ -34,6 +36,7 @@ from . import Options, Table, cells, edits, measures
 from .cells import Job, Store
 from .edits import Edit, Source
 from .generate import Methods, files
+from .memory import Peak
 from .stats import Interval, difference, mean_interval
 
 PLAIN = "plain"
@@ -63,8 +66,8 @@ def p2p(given: Given, **options: Any) -> PromptToPrompt:
     return PromptToPrompt(edit=given.prompts, **({"self_end": 0.2 if flow else 0.4} | options))
 
 
-def blend(given: Given) -> LocalBlend:
-    return LocalBlend(edit=given.prompts, blocks="double" if given.kind is Parametrisation.FLOW else "")
+def blend(given: Given, **options: Any) -> LocalBlend:
+    return LocalBlend(edit=given.prompts, blocks="double" if given.kind is Parametrisation.FLOW else "", **options)
 
 
 #: Every row by its key, the most important first. A new method is one more line.
@@ -77,18 +80,13 @@ ROWS: dict[str, Row] = {
     "pnp-blend": Row("Plug-and-Play + local blend", lambda g: (PlugAndPlay(), blend(g))),
     "p2p-masactrl": Row("Prompt-to-Prompt + MasaCtrl", lambda g: (p2p(g), MasaCtrl())),
     "aapb-p2p": Row("AAPB (anchor: source) + Prompt-to-Prompt", lambda g: (AAPB(anchor=g.source), p2p(g))),
+    # Not the official 0.3, at which the wide maps of so small a model let nearly every place change.
+    "p2p-blend-0.7": Row("Prompt-to-Prompt + local blend at 0.7", lambda g: (p2p(g), blend(g, threshold=0.7))),
 }
+MEMORY_STEPS = 8  # of the run in which memory is measured: every method's window has some of them
 
 
 # ---------------------------------------------------------------- pictures
-
-@dataclass(frozen=True)
-class Text:
-    """A row of a family, as cells.Store asks for it."""
-
-    text: str
-    anchors: dict[str, str] = field(default_factory=dict)
-
 
 @dataclass(frozen=True)
 class Family:
@@ -114,8 +112,8 @@ class Family:
 
     anchor = ""
 
-    def prompt(self, i: int) -> Text:
-        return Text(self.texts[i - self.first])
+    def text(self, i: int) -> str:
+        return self.texts[i - self.first]
 
     def seed(self, i: int) -> int:
         """The same for source and edits: they start from the same noise."""
@@ -153,6 +151,24 @@ def families(store: Store, key: str, n: int) -> list[tuple[Family, Methods | Non
     made = methods(plain[0])
     mark = code_of(made) if made else ""
     return [(replace(family, code=mark), partial(methods, family)) for family in plain]
+
+
+def memory(store: Store, key: str) -> float:
+    """The most that lives at once while the first family is sampled, MB a picture: every tensor, weights not counted.
+    """
+    (family, methods), = families(store, key, 1)
+    seen = Peak()
+
+    def sample(executor: Callable, *args, **kwargs):
+        with seen:
+            return executor(*args, **kwargs)
+
+    painter = copy(store.painter)
+    painter.model = painter.model.clone()
+    painter.model.add_wrapper_with_key(ext.WrappersMP.SAMPLER_SAMPLE, "bench", sample)  # inside of loading
+    seeds = [family.seed(i) for i in range(family.first, family.n)]
+    painter.paint(family.texts, seeds, (), methods, replace(store.settings, steps=MEMORY_STEPS))
+    return seen.peak / len(seeds) / 1e6
 
 
 # ---------------------------------------------------------------- what became of it
@@ -243,14 +259,15 @@ COLUMNS = {"model": ("model", ""), "kind": ("edit", ""), "method": ("method", ""
            "success": ("success, %", ".1f"), "gain": ("above plain", "+.1f"), "changed": ("asked is seen, %", ".1f"),
            "psnr": ("PSNR of what must stay, dB", ".1f"), "kept": ("above plain", "+.1f"),
            "structure": ("structure distance x 1000", ".1f"), "evaluations": ("evaluations a picture", ".0f"),
-           "seconds": ("s a picture", ".2f")}
+           "seconds": ("s a picture", ".2f"), "memory": ("MB a picture", ".1f")}
 
 
-def row(model: str, kind: str, key: str, made: Sequence[Made], plain: Sequence[Made]) -> dict:
+def row(model: str, kind: str, key: str, made: Sequence[Made], plain: Sequence[Made], memory: float) -> dict:
     out = {"model": model, "kind": kind, "method": ROWS[key].name, "n": len(made)}
     out |= {"success": interval(made, "success", 100), "changed": interval(made, "changed", 100),
             "psnr": interval(made, "psnr"), "structure": interval(made, "structure", 1000),
             "evaluations": made[0].evaluations, "seconds": float(np.median([one.seconds for one in made]))}
+    out |= {"memory": memory}
     if key != PLAIN:
         out |= {"gain": above(made, plain, "success", 100), "kept": above(made, plain, "psnr")}
     return {name: value for name, value in out.items() if value is not None}
@@ -269,6 +286,7 @@ def main(options: Options) -> Table:
         ready = cells.done(list(todo.values()), options)
         for store in stores:
             found = {key: made_of(one, reader) for key in ROWS if (one := todo[store, key]) in ready}
+            peaks = {key: memory(store, key) for key in found}
             missing += len(ROWS) - len(found)
             name = store.painter.name
             left_out[name] = n - len({one.source for one in found.get(PLAIN, ())})
@@ -276,7 +294,7 @@ def main(options: Options) -> Table:
                 for key, made in found.items():
                     of = [one for one in made if kind in ("all", one.edit.kind)]
                     plain = [one for one in found.get(PLAIN, ()) if kind in ("all", one.edit.kind)]
-                    rows += [row(name, kind, key, of, plain)] if of else []
+                    rows += [row(name, kind, key, of, plain, peaks[key])] if of else []
             sheets |= {f"{name}-{which}": (found, which) for which in ("median", "worst")}
         older = [line for store in stores for line in store.older]
     return table(rows, sheets, options, n, left_out, missing, older)
@@ -290,6 +308,7 @@ def table(rows: list[dict], sheets: dict, options: Options, n: int, left_out: di
         f"with a rim of {edits.RIM['rim']} px), inside it (restyle, add), outside the second (delete), against the "
         "source's picture, at most 60 dB. Intervals: 95 % bootstrap, clustered by source; differences are of the same "
         "pictures.",
+        "MB a picture: the most that lives at once in a run of the first family, every tensor but the weights.",
         "A low structure distance may mean that nothing was done: read it with success.",
         "; ".join(f"{model}: {count} of {n} families left out because the source's picture is not what it says"
                   for model, count in left_out.items()) + ".",

@@ -54,7 +54,7 @@ from rudder.inversion.w2sd import W2SD
 from rudder.nodes.guidance_feedback import opened
 
 from . import Options, Table, cells, rare, seen
-from .cells import Cell, Store
+from .cells import Cell, Store, Unprompted
 from .exact.table import window
 from .generate import SETTINGS, files
 from .negative import AsUncond
@@ -67,6 +67,7 @@ QUICK_CFGS = (1.0, 15.0)
 LAMBDA = 0.6 / 7.5  # CFG++: the paper's lambda of 0.6 matches a weight of about 7.5
 SOLVERS = {"dpmpp_2m": "dpm++ 2m", "euler": "euler"}  # CFG++ of what the other rows are sampled with
 PLAIN = "cfg"  # the key of the row that the others are compared with
+NOTHING = "nothing"  # the same for pictures without a prompt
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ class Row:
         alone: paint picture by picture, because the cost of one depends on what shares its batch.
         sampler: the SAMPLER instead of the model's own; must draw no noise.
         worlds: whether it can run in the exact worlds.
+        prompted: whether the model is told the prompt. Pictures from nothing have no accuracy.
     """
 
     name: str
@@ -103,6 +105,7 @@ class Row:
     alone: bool = False
     sampler: Callable[[Given], Any] | None = None
     worlds: bool = True
+    prompted: bool = True
 
     def at(self, cfgs: Sequence[float]) -> list[float]:
         return [cfg for cfg in cfgs if self.least <= cfg <= self.most]
@@ -117,6 +120,10 @@ class Row:
 def limited(given: Given) -> tuple[Guidance, ...]:
     low, high = window(given.kind)
     return (LimitedInterval(sigma_low=low, sigma_high=high),)
+
+
+def from_nothing(name: str, *methods: Guidance) -> Row:
+    return Row(name, lambda g: methods, least=1.0, most=1.0, worlds=False, prompted=False)
 
 
 @lru_cache(maxsize=1)
@@ -155,6 +162,11 @@ ROWS: dict[str, Row] = {
     "aapb": Row("AAPB", lambda g: (AAPB(anchor=g.anchor),), "superclass"),
     "r2f": Row("R2F", lambda g: rare.ROWS["r2f-3"].methods(g.anchor, "frequent", g.kind), "superclass"),
     "blend": Row("fixed blend", lambda g: (FixedBlend(anchor=g.anchor),), "superclass"),
+    # As their papers show them first: what guides without a prompt and without cfg.
+    NOTHING: from_nothing("no prompt"),
+    "pag-nothing": from_nothing("PAG, no prompt", PerturbedAttention()),
+    "seg-nothing": from_nothing("SEG, no prompt", SmoothedEnergy()),
+    "sag-nothing": from_nothing("SAG, no prompt", SelfAttentionGuidance()),
 }  # fmt: skip
 #: Methods of the pack without a row, and why.
 ELSEWHERE = {
@@ -173,15 +185,17 @@ def plan(quick: bool) -> list[tuple[str, float]]:
     """(method, cfg), the most important first: what the expectations speak of, then the other rows."""
     order = QUICK_CFGS if quick else CFGS
     first = (PLAIN, *SATURATION, "interval", *SAVING)
-    groups = (first, [key for key in ROWS if key not in first])
+    groups = (first, [key for key, row in ROWS.items() if not row.prompted],
+              [key for key, row in ROWS.items() if key not in first and row.prompted])
     return [(key, cfg) for group in groups for cfg in order for key in group if cfg in ROWS[key].at(order)]
 
 
 def cells_of(key: str, cfg: float, n: int, kind: Parametrisation = Parametrisation.EPS) -> list[Cell]:
     """The two halves of the mixture, together n pictures."""
-    code = cells.code_of(ROWS[key].parts(Given(Prompt((), "anchor"), kind, cfg, SETTINGS[kind].sampler)))
-    halves = zip(CATEGORIES, (n - n // 2, n // 2))
-    return [Cell(c, SPLIT, key, ROWS[key].anchor, cfg, count, code) for c, count in halves]
+    row = ROWS[key]
+    code = cells.code_of(row.parts(Given(Prompt((), "anchor"), kind, cfg, SETTINGS[kind].sampler)))
+    halves, made = zip(CATEGORIES, (n - n // 2, n // 2)), Cell if row.prompted else Unprompted
+    return [made(c, SPLIT, key, row.anchor, cfg, count, code) for c, count in halves]
 
 
 def jobs_of(store: Store, cell: Cell) -> list[cells.Job]:
@@ -192,7 +206,7 @@ def jobs_of(store: Store, cell: Cell) -> list[cells.Job]:
 
     more = {"alone": True} if row.alone else {}
     more |= {"sampler": row.sampler(given(Prompt((), "anchor")))} if row.sampler else {}
-    methods = None if cell.method == PLAIN else lambda anchor: row.make(given(anchor))
+    methods = None if cell.method in (PLAIN, NOTHING) else lambda anchor: row.make(given(anchor))
     return cells.jobs(cell, methods, **more)
 
 
@@ -215,7 +229,8 @@ class Found:
     floors: dict[str, Seen]
 
     def of(self, model: str) -> dict[tuple[str, float], Seen]:
-        return {(key, cfg): s for (m, key, cfg), s in self.seen.items() if m == model}
+        """What was seen of pictures with a prompt."""
+        return {(key, cfg): s for (m, key, cfg), s in self.seen.items() if m == model and ROWS[key].prompted}
 
     @property
     def models(self) -> list[str]:
@@ -235,15 +250,17 @@ COLUMNS = {"model": ("model", ""), "method": ("method", ""), "cfg": ("cfg", "g")
            "evaluations": ("evaluations a picture", ".1f"), "seconds": ("s a picture", ".2f")}
 
 
-def row_of(model: str, method: str, s: Seen, plain: Seen | None = None, found: Found | None = None, **more) -> dict:
-    """One row; ``plain`` is CFG at the same weight."""
+def row_of(model: str, method: str, s: Seen, plain: Seen | None = None, found: Found | None = None,
+           prompted: bool = True, **more) -> dict:
+    """One row; ``plain`` is CFG at the same weight, or what the model paints without a prompt."""
     row = {"model": model, "method": method, **more, "n": len(s.right), "accuracy": seen.accuracy(s),
            "saturation": seen.saturation(s), "frechet": seen.frechet(s), "diversity": seen.diversity(s)}
     if plain is not None and plain is not s:
         row |= {"more right": seen.more_right(s, plain), "nearer": seen.nearer(s, plain, found.true),
                 "farther": seen.frechet(s, plain), "more diverse": seen.more_diverse(s, plain)}
     row |= {"evaluations": s.evaluations, "seconds": s.seconds}
-    return {k: v for k, v in row.items() if v is not None and not (isinstance(v, float) and np.isnan(v))}
+    told = row if prompted else {k: v for k, v in row.items() if k not in ("accuracy", "more right")}
+    return {k: v for k, v in told.items() if v is not None and not (isinstance(v, float) and np.isnan(v))}
 
 
 def rows_of(found: Found) -> list[dict]:
@@ -251,7 +268,9 @@ def rows_of(found: Found) -> list[dict]:
     out = [row_of("", name, s) for name, s in found.floors.items()]
     for name in sorted(found.seen, key=lambda name: (name[0], order[name[1]], name[2])):
         (model, key, cfg), s = name, found.seen[name]
-        out.append(row_of(model, ROWS[key].name, s, found.seen.get((model, PLAIN, cfg)), found, cfg=cfg))
+        row = ROWS[key]
+        plain = found.seen.get((model, PLAIN if row.prompted else NOTHING, cfg))
+        out.append(row_of(model, row.name, s, plain, found, row.prompted, cfg=cfg))
     return out
 
 
@@ -346,6 +365,7 @@ def notes(found: Found, options: Options, n: int, stores: Sequence[Store], missi
         "features.",
         "Negatives (as uncond, extra, Perp-Neg) say another attribute of the same shape; AAPB, R2F and the blend have "
         "the superclass anchor: on these prompts nothing drifts, so they show their price here, not their use.",
+        "Rows without a prompt are compared with each other, at cfg 1, and have no accuracy.",
         "Dynamic CFG chooses the weight itself (its row is at 7.5), by the scorer that knows no judge: scored by the "
         "judge that measures it, it would prove nothing.",
         f"CFG++ is a sampler, here {' or '.join(SOLVERS.values())} as in the other rows; its lambda is the cfg times "

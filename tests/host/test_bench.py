@@ -551,15 +551,19 @@ def test_the_guidance_table(demo_files, stand_in, tmp_path, monkeypatch):
     assert set(rows) - wanted == {("", "true renders", None), ("", "true renders through the autoencoder", None)}
     for name in wanted:
         row = rows[name]
-        assert set(row) >= {"accuracy", "saturation", "frechet", "evaluations", "seconds"} and row["n"] == 8
-        assert ("more right" in row) == (name[1] != "CFG")
-        assert all(row[k].low <= row[k].value <= row[k].high for k in ("accuracy", "saturation", "frechet"))
+        prompted = not name[1].endswith("no prompt")
+        assert set(row) >= {"saturation", "frechet", "evaluations", "seconds"} and row["n"] == 8
+        assert ("accuracy" in row) == prompted and ("more right" in row) == (prompted and name[1] != "CFG")
+        assert ("farther" in row) == (name[1] not in ("CFG", "no prompt"))
+        assert all(row[k].low <= row[k].value <= row[k].high for k in ("accuracy", "saturation", "frechet") if k in row)
     for kind in demo_files:
         mine = {method: row for (model, method, cfg), row in rows.items() if (model, cfg) == (f"shapes-{kind}", 15)}
         count = {method: row["evaluations"] for method, row in mine.items()}
         assert count["CFG"] == count["APG"] == count["TCFG"] == 12 and count["AAPB"] == count["Perp-Neg"] == 18
         assert 6 < count["limited interval"] < 12 and 6 < count["Adaptive Guidance"] <= 12
         assert rows[f"shapes-{kind}", "CFG", 1.0]["evaluations"] == 6
+        assert rows[f"shapes-{kind}", "no prompt", 1.0]["evaluations"] == 6
+        assert rows[f"shapes-{kind}", "PAG, no prompt", 1.0]["evaluations"] == 12
         assert sum(f", shapes-{kind}: on the front: " in note for note in table.notes) >= 1
     table.facts |= bench.facts(0.0, True)
     table.save(tmp_path)
@@ -569,6 +573,20 @@ def test_the_guidance_table(demo_files, stand_in, tmp_path, monkeypatch):
     assert set(record["rows"][0]["frechet"]) == {"value", "low", "high"}
     again = guidance.main(options)
     assert again.parts[0].rows == part.rows, "a second run paints nothing new and says the same"
+
+
+def test_rows_without_a_prompt_are_painted_from_nothing(demo_files, tmp_path):
+    """The same seeds, whatever prompt they belong to; the prompt stays, for the distance to its true renders."""
+    store = cells.open_store(tmp_path, demo_files["unet"], bench.Options(quick=True))
+    plain, blank = (guidance.cells_of(key, 1.0, 4)[0] for key in (guidance.PLAIN, guidance.NOTHING))
+    assert [blank.seed(i) for i in range(2)] == [plain.seed(i) for i in range(2)] and blank.prompts == plain.prompts
+    for cell in (plain, blank):
+        store.paint(*guidance.jobs_of(store, cell))
+    (told, about), (untold, nothing) = (store.read(cell) for cell in (plain, blank))
+    assert about[0]["prompts"] == [p.text for p in plain.prompts] and nothing[0]["prompts"] == ["", ""]
+    assert not close(told, untold)
+    made = store.painter.paint(["", ""], nothing[0]["seeds"], settings=replace(store.settings, cfg=1.0))
+    assert close(made.images, untold)
 
 
 def test_each_picture_counts_its_own_evaluations(painter):

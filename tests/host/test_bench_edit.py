@@ -42,6 +42,9 @@ def test_the_edit_table(demo_files, stand_in, tmp_path, monkeypatch):  # noqa: F
         assert row["success"].value == row["changed"].value == 100
         assert row["evaluations"] == 6 * (3 if "AAPB" in row["method"] else 2)
         assert ("gain" in row) == (row["method"] != edit.ROWS[edit.PLAIN].name)
+    peaks = {(row["model"], row["method"]): row["memory"] for row in table.rows}
+    for (model, method), peak in peaks.items():  # of a step's tensors, to within what the smallest of them are
+        assert 0.1 < 0.99 * peaks[model, edit.ROWS[edit.PLAIN].name] < peak, method
     table.facts |= bench.facts(0.0, True)
     table.save(tmp_path)
     json.loads((tmp_path / "edit.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
