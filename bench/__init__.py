@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import platform
 import subprocess
@@ -34,7 +35,7 @@ class Options:
         work: folder for what an interrupted run goes on from; None means the user's cache.
         kept: folder of the marks of finished rows (``kept.py``); None means beside the pictures.
         check: paint the first batch of kept rows again and drop those that are no longer true.
-        minutes: after which nothing more is painted, so that a table is made of what is there; None for no limit.
+        until: of time.monotonic(), when nothing more is painted, so that a table is made of what is there.
         precision: of the networks, a key of ``generate.PRECISIONS``.
     """
 
@@ -45,7 +46,7 @@ class Options:
     shard: tuple[int, int] = (0, 1)
     work: Path | None = None
     precision: str = "fp32"
-    minutes: float | None = None
+    until: float = math.inf
     kept: Path | None = None
     check: bool = False
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import time
 from pathlib import Path
 
@@ -57,8 +58,9 @@ def main() -> None:
 
         torch.set_num_threads(threads)
     started = time.time()
+    until = math.inf if args.minutes is None else time.monotonic() + 60 * args.minutes
     options = Options(args.quick, tuple(args.model), args.n, args.split, args.shard, args.work, args.precision,
-                      args.minutes, None if args.quick else (args.out or RESULTS) / "kept", args.check)
+                      until, None if args.quick else (args.out or RESULTS) / "kept", args.check)
     table = importlib.import_module(f".{TABLES[args.table][0]}", __package__).main(options)
     table.facts |= facts(started, args.quick)
     print(table.markdown())

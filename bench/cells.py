@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import math
 import os
 import re
 import statistics
@@ -221,10 +222,7 @@ class Store:
 
     @property
     def older(self) -> list[str]:
-        """A sentence about kept rows that other code has painted, for the notes of a table, or nothing."""
-        old = sorted({row["commit"] for row in self.kept.rows.values() if row["code"] != self.code})
-        return [f"{self.painter.name}: rows painted at earlier commits ({', '.join(old)}); their methods' code is the "
-                "same, and `--check` paints the first batch of each again."] if old else []
+        return self.kept.older(self.painter.name, self.code)
 
     def key(self, cell: Cell, tag: str) -> str:
         """Of what the judge of that ``tag`` sees in a cell."""
@@ -329,7 +327,7 @@ def done(rows: Sequence[Todo], options: Options, say: Callable = print) -> list[
     for row in rows if options.check else ():
         row.check()
     paint_all([(row.store, job) for row in rows if not row.kept for job in row.jobs], options.shard, say,
-              options.minutes)
+              options.until)
     return [row for row in rows if row.done]
 
 
@@ -342,14 +340,14 @@ def digest_of_judge() -> str:
 
 
 def paint_all(
-    work: Sequence[tuple[Store, Job]], shard: tuple[int, int], say: Callable = print, minutes: float | None = None,
+    work: Sequence[tuple[Store, Job]], shard: tuple[int, int], say: Callable = print, until: float = math.inf,
 ) -> None:  # fmt: skip
-    """Paint what is missing of this shard's share, for so many minutes; others may paint theirs at the same time."""
-    (part, of), begun = shard, time.monotonic()
+    """Paint what is missing of this shard's share, up to ``until``; others may paint theirs at the same time."""
+    part, of = shard
     mine = [(store, job) for i, (store, job) in enumerate(work) if i % of == part and store.missing([job])]
     seconds = pictures = 0.0
     for done, (store, job) in enumerate(mine):
-        if minutes is not None and time.monotonic() - begun >= 60 * minutes:
+        if time.monotonic() >= until:
             break
         if store.missing([job]):  # another process may have been quicker
             seconds += store.paint(job)

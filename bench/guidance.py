@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, is_dataclass
 from functools import lru_cache
@@ -388,7 +386,6 @@ def notes(found: Found, options: Options, n: int, stores: Sequence[Store], missi
 def main(options: Options) -> Table:
     from . import guidanceplots, guidanceworlds, judge, truth
 
-    until = math.inf if options.minutes is None else time.monotonic() + 60 * options.minutes
     reader = judge.load()
     tag = truth.tag(cells.digest_of_judge())
     n = options.n or (8 if options.quick else 256)
@@ -404,7 +401,7 @@ def main(options: Options) -> Table:
                            lambda images, pair=pair: cells.first_marks(images, pair[0], reader),
                            (store, key, cfg, pair)) for key, cfg, store, pair in wanted]
         ready = [row.what for row in cells.done(todo, options)]
-        parts, absent = guidanceworlds.parts(options, work, until)
+        parts, absent = guidanceworlds.parts(options, work)
         found = Found({(s.painter.name, key, cfg): true.see_cells(s, pair, reader, tag) for s, key, cfg, pair in ready},
                       true.saturation, true.floors(stores[0].painter, reader))
         sheets = {s.painter.name: sheet(s, [pair[0] for o, _, _, pair in ready if o is s]) for s in stores}

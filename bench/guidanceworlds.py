@@ -7,11 +7,11 @@ distance, *modes off by* for diversity (spread is large where samples stray). Se
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
-import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,14 @@ from rudder.guidance.contract import Prompt
 from rudder.guidance.space import Parametrisation
 from rudder.host import add_guidance
 
-from . import ROOT, Options, Table, cells, seen
+from . import ROOT, Options, Table, cells, commit, seen
 from .exact.distances import Ruler
 from .exact.model import conditioning, model_of
 from .exact.table import FLOOR, KINDS, MEASURES, Plan
 from .exact.worlds import WORLDS, World
 from .generate import counting
 from .guidance import CFGS, PLAIN, QUICK_CFGS, ROWS, SATURATION, Given, Row
-from .kept import whole
+from .kept import Kept, restored, rounded, whole
 from .stats import Interval, mean_interval
 
 NEGATIVE = {"rare": "plain frog", "overlap": "b", "image": "plain disc"}  # what 'harmful' is here
@@ -85,12 +85,29 @@ def measure(ruler: Ruler, samples: Tensor, truth: Tensor, plan: Plan) -> dict[st
     return {key: [batch[key] for batch in batches] for key in MEASURES}
 
 
+def state(world: World, plan: Plan) -> dict[str, Any]:
+    """What decides the rows of a world beside their methods and the host's side."""
+    files = [ROOT / "bench" / "exact" / f"{name}.py" for name in ("distances", "model", "worlds")]
+    code = [file.read_text(encoding="utf-8") for file in files] + [inspect.getsource(f) for f in (sample, measure)]
+    digest = hashlib.sha256("\n".join(code).encode()).hexdigest()[:12]
+    return {"batches": plan.batches, "size": plan.size, "steps": plan.steps, "truths": plan.truths, "sampler": SAMPLER,
+            "negative": NEGATIVE[world.name], "code": digest}
+
+
 def place(work: Path, world: World, plan: Plan) -> Path:
-    """Where the rows of a world are kept, by everything that decides them but the method itself."""
-    files = sorted((ROOT / "bench" / "exact").glob("*.py")) + [ROOT / "bench" / "guidanceworlds.py"]
-    state = [asdict(plan) | {"weights": None, "shown": None}, NEGATIVE[world.name], cells.code_digest(),
-             [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]]
-    return work / f"exact-{world.name}-{hashlib.sha256(json.dumps(state).encode()).hexdigest()[:12]}"
+    """Where processes that share the work leave a world's rows."""
+    about = json.dumps([state(world, plan), cells.code_digest()])
+    return work / f"exact-{world.name}-{hashlib.sha256(about.encode()).hexdigest()[:12]}"
+
+
+def ledger(options: Options, work: Path, world: World, plan: Plan) -> Kept:
+    """The committed rows of a world; without those that other code has measured where the options ask for a check."""
+    folder = options.kept or place(work, world, plan)
+    kept = Kept(folder / f"guidance-exact-{world.name}.json", state(world, plan), options.shard[1] == 1)
+    if options.check:
+        for name in [name for name, row in kept.rows.items() if row["code"] != cells.code_digest()[:12]]:
+            kept.drop(name)
+    return kept
 
 
 def remembered(file: Path, make: Callable[[], Measured]) -> Measured:
@@ -100,14 +117,15 @@ def remembered(file: Path, make: Callable[[], Measured]) -> Measured:
     return Measured(**json.loads(file.read_text(encoding="utf-8")))
 
 
+FIELDS = [field.name for field in fields(Measured)]
 Name = tuple[str, str, float]  # kind, key of the row, cfg
 
 
 def measured(
-    world: World, plan: Plan, work: Path, shard: tuple[int, int], cfgs: Sequence[float], until: float = math.inf,
-) -> tuple[dict, int]:  # fmt: skip
-    """Every row that is there, after doing this shard's share of what is not, up to ``until`` (of time.monotonic); and
-    how many are missing."""
+    world: World, plan: Plan, folder: Path, kept: Kept, cfgs: Sequence[float], options: Options
+) -> tuple[dict, int]:
+    """Every row that is there, after doing this shard's share of what is not while there is time; and how many are
+    missing."""
     generator = torch.Generator().manual_seed(3)
     ruler = Ruler.of(world, generator, plan.truths)
     truth, second = (world.true_samples(plan.count, generator) for _ in range(2))
@@ -122,9 +140,14 @@ def measured(
 
     for i, (kind, key, cfg) in enumerate(names):
         code = cells.code_of(ROWS[key].parts(Given(Prompt((), "anchor"), kind, cfg, SAMPLER)))
-        file = place(work, world, plan) / f"{kind.value}_{key}_cfg{cfg:g}_{code}.json"
-        if file.is_file() or (i % shard[1] == shard[0] and time.monotonic() < until):
-            out[kind.value, key, cfg] = remembered(file, partial(run, kind, key, cfg))
+        name = f"{kind.value}_{key}_cfg{cfg:g}_{code}"
+        file = folder / f"{name}.json"
+        mine = i % options.shard[1] == options.shard[0] and time.monotonic() < options.until
+        if name not in kept.rows and (mine or file.is_file()):
+            row = asdict(remembered(file, partial(run, kind, key, cfg)))
+            kept.put(name, rounded(row) | {"code": cells.code_digest()[:12], "commit": commit()})
+        if name in kept.rows:
+            out[kind.value, key, cfg] = Measured(**restored({k: kept.rows[name][k] for k in FIELDS}))
     return out, len(names) + 1 - len(out)
 
 
@@ -169,21 +192,21 @@ def notes(found: dict[Name, Measured], world: World) -> list[str]:
     return out
 
 
-def parts(options: Options, work: Path, until: float = math.inf) -> tuple[list[Table], int]:
-    """A table for each world, from what is there at ``until`` (of time.monotonic), and how many rows are missing."""
+def parts(options: Options, work: Path) -> tuple[list[Table], int]:
+    """A table for each world, from what is there when time is up, and how many rows are missing."""
     from . import guidanceplots
 
     plan = QUICK if options.quick else Plan()
-    if options.n:
-        plan = replace(plan, size=min(plan.size, options.n))
     order, out, missing = {key: i for i, key in enumerate([FLOOR, *ROWS])}, [], 0
     for make in WORLDS.values():
         world = make()
-        found, absent = measured(world, plan, work, options.shard, QUICK_CFGS if options.quick else CFGS, until)
+        kept = ledger(options, work, world, plan)
+        cfgs = QUICK_CFGS if options.quick else CFGS
+        found, absent = measured(world, plan, place(work, world, plan), kept, cfgs, options)
         missing += absent
         names = sorted(found, key=lambda name: (name[0], order[name[1]], name[2]))
         about = [f"{plan.batches} batches of {plan.size} samples, euler, {plan.steps} steps; the columns are explained "
-                 "with the table exact.", *notes(found, world)]
+                 "with the table exact.", *kept.older("This world", cells.code_digest()[:12]), *notes(found, world)]
         table = Table(f"guidance-exact-{world.name}", f"World '{world.name}'", COLUMNS,
                       [row_of(found, name) for name in names], about)
         table.plots = guidanceplots.world_plots(found, world.name)

@@ -47,6 +47,12 @@ class Kept:
         del self.rows[key]
         self.save()
 
+    def older(self, name: str, code: str) -> list[str]:
+        """A sentence about rows of ``name`` that other code than ``code`` has painted, for the notes of a table."""
+        old = sorted({row["commit"] for row in self.rows.values() if row["code"] != code})
+        return [f"{name}: rows painted at earlier commits ({', '.join(old)}); their methods' code is the same, and "
+                "`--check` looks again."] if old else []
+
     def save(self) -> None:
         if self.writes:
             rows = ",\n".join(f"{json.dumps(key)}: {json.dumps(row)}" for key, row in self.rows.items())

@@ -301,7 +301,7 @@ def test_more_pictures_go_on_where_fewer_stopped_and_other_settings_do_not(store
 def test_painting_ends_when_its_minutes_are_over(store, monkeypatch):
     monkeypatch.setattr(cells, "BATCH", 4)
     work = work_of(store)
-    cells.paint_all(work, (0, 1), quiet, minutes=0)
+    cells.paint_all(work, (0, 1), quiet, until=0.0)
     assert len(store.missing([j for _, j in work])) == 3
 
 
@@ -337,11 +337,11 @@ def test_marks_outlive_the_pictures(store):
     first = store.scores(CELL, Judge(), "one")
     later = reopened(store)
     todo = todo_of(later)
-    assert cells.done([todo], bench.Options(minutes=0), quiet) == [todo]
+    assert cells.done([todo], bench.Options(until=0.0), quiet) == [todo]
     assert later.scores(CELL, None, "one") == first and not later.folder.exists(), "nothing was painted"
     for other in (todo_of(later, tag="another judge"), todo_of(later, replace(CELL, n=12)),
                   todo_of(reopened(store, steps=3))):
-        assert cells.done([other], bench.Options(minutes=0), quiet) == []
+        assert cells.done([other], bench.Options(until=0.0), quiet) == []
 
 
 def test_a_kept_row_of_other_code_is_painted_again_in_part(store, monkeypatch):
@@ -364,7 +364,7 @@ def test_a_kept_row_of_other_code_is_painted_again_in_part(store, monkeypatch):
 
     untrue = dict(later.kept.rows[todo.key], right=[1.0 - mark for mark in first.right], code="still another")
     later.kept.put(todo.key, untrue)
-    assert cells.done([todo], bench.Options(check=True, minutes=0), quiet) == []
+    assert cells.done([todo], bench.Options(check=True, until=0.0), quiet) == []
     assert later.kept.rows == {}
 
 
@@ -623,7 +623,7 @@ def test_the_expectations_are_computed_from_what_was_seen():
 def test_the_exact_worlds_have_a_row_for_every_method(tmp_path, monkeypatch):
     monkeypatch.setattr(guidanceworlds, "WORLDS", {"overlap": guidanceworlds.WORLDS["overlap"]})
     options = bench.Options(quick=True, work=tmp_path)
-    [none], missing = guidanceworlds.parts(options, tmp_path, until=0.0)
+    [none], missing = guidanceworlds.parts(replace(options, until=0.0), tmp_path)
     assert [row["method"] for row in none.rows] == [guidanceworlds.FLOOR] and missing > 2, "time is up"
     [half], missing = guidanceworlds.parts(replace(options, shard=(0, 2)), tmp_path)
     assert missing > 0
