@@ -24,7 +24,7 @@ def trade(rows: list[dict]) -> Figure | None:
     models = list(dict.fromkeys(row["model"] for row in whole))
     if not models:
         return None
-    figure = Figure(figsize=(5.5 * len(models), 4.2), layout="constrained")
+    figure = Figure(figsize=(max(5.5 * len(models), 8), 4.8), layout="constrained")
     axes = figure.subplots(1, len(models), squeeze=False, sharex=True, sharey=True)[0]
     names = list(dict.fromkeys(row["method"] for row in whole))
     for axis, model in zip(axes, models):
@@ -35,8 +35,8 @@ def trade(rows: list[dict]) -> Figure | None:
                 x, y = row["psnr"], row["success"]
                 axis.errorbar(x.value, y.value, whisker(y), whisker(x), "o", capsize=2, label=row["method"],
                               color=colormaps["tab10"](names.index(row["method"]) % 10))
-        axis.legend(fontsize=8)
     axes[0].set_ylabel("success, %")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return figure
 
 
@@ -66,7 +66,7 @@ def cases(found: dict[str, list[Made]], which: str) -> Figure | None:
             axis.imshow(np.concatenate(list(one.pictures), axis=1), interpolation="nearest")
             axis.set_title("\n".join([kind, *textwrap.wrap(one.edit.text, 36)]), fontsize=7)
             axis.set_xlabel(f"{one.psnr:.1f} dB, {'right' if one.success else 'WRONG'}", fontsize=7)
-        line[0].set_ylabel(ROWS[key].name, fontsize=8)
+        line[0].set_ylabel("\n".join(textwrap.wrap(ROWS[key].name, 22)), fontsize=8)
     return figure
 
 
