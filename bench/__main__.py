@@ -13,6 +13,7 @@ TABLES = {
     "guidance": ("guidance", "every guidance method over cfg 1 to 15: accuracy, saturation, distance, diversity, cost"),
     "exact": ("exact", "distance of every method to the true law, in worlds that are known in closed form"),
     "edit": ("edit", "editing by attention: is the edit made, and does the rest stay"),
+    "blocks": ("blocks", "which attention block finds words, and what PAG and SEG do in each"),
     "cost": ("cost", "time of a step of every method against one batched evaluation of the same conds"),
     "memory": ("memory", "memory of editing by attention in networks of full size, by shapes alone"),
     "import": ("import_time", "how long ComfyUI waits for the pack at start-up"),

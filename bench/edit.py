@@ -67,7 +67,8 @@ def p2p(given: Given, **options: Any) -> PromptToPrompt:
 
 
 def blend(given: Given, **options: Any) -> LocalBlend:
-    return LocalBlend(edit=given.prompts, blocks="double" if given.kind is Parametrisation.FLOW else "", **options)
+    where = {"blocks": "double" if given.kind is Parametrisation.FLOW else ""}
+    return LocalBlend(edit=given.prompts, **(where | options))
 
 
 #: Every row by its key, the most important first. A new method is one more line.
@@ -82,7 +83,9 @@ ROWS: dict[str, Row] = {
     "aapb-p2p": Row("AAPB (anchor: source) + Prompt-to-Prompt", lambda g: (AAPB(anchor=g.source), p2p(g))),
     # Not the official 0.3, at which the wide maps of so small a model let nearly every place change.
     "p2p-blend-0.7": Row("Prompt-to-Prompt + local blend at 0.7", lambda g: (p2p(g), blend(g, threshold=0.7))),
-}
+    "p2p-blend-found": Row("Prompt-to-Prompt + local blend, found blocks", lambda g: (
+        p2p(g), blend(g, blocks="double.0, single.0" if g.kind is Parametrisation.FLOW else "input.3, output.2"))),
+}  # the blocks that find an object by its noun and by its colour: `bench blocks`, not this table, chose them
 MEMORY_STEPS = 8  # of the run in which memory is measured: every method's window has some of them
 
 
