@@ -87,8 +87,8 @@ def words_of(painter: Painter, blocks: Sequence[str], count: int = PICTURES) -> 
         for row, source in enumerate(sources):
             [there] = edits.objects(pictures[row], source.truth)
             scores.append(told_apart(mine[row], ~there if word == "background" else there))
-        known = [(score, row) for row, score in enumerate(scores) if score == score]
-        out[block, word] = mean_interval(*zip(*known), np.random.default_rng(0))
+        if known := [(score, row) for row, score in enumerate(scores) if score == score]:
+            out[block, word] = mean_interval(*zip(*known), np.random.default_rng(0))
     return out
 
 

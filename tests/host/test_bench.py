@@ -20,7 +20,19 @@ from safetensors.torch import save_file
 from rudder import bench
 from rudder.attention.edit_prompts import EditPrompts
 from rudder.attention.words import Tokens
-from rudder.bench import calibrate, cells, cost, generate, guidance, guidanceworlds, memory, rare, rareshapes, truth
+from rudder.bench import (
+    blocks,
+    calibrate,
+    cells,
+    cost,
+    generate,
+    guidance,
+    guidanceworlds,
+    memory,
+    rare,
+    rareshapes,
+    truth,
+)
 from rudder.bench.seen import diversities
 from rudder.guidance.blend import FixedBlend
 from rudder.guidance.contract import Prompt
@@ -642,6 +654,37 @@ def test_the_exact_worlds_have_a_row_for_every_method(tmp_path, monkeypatch):
     assert sum("on the front: " in note for note in table.notes) == 2
     table.save(tmp_path / "out")
     assert (tmp_path / "out" / "guidance-exact-overlap-exact.png").is_file()
+
+
+# ---------------------------------------------------------------- the table blocks
+
+def test_a_map_is_read_by_what_it_tells_apart():
+    score, there = np.arange(12.0), np.arange(12).reshape(3, 4) >= 7
+    assert blocks.told_apart(score, there) == 1 and blocks.told_apart(-score, there) == 0
+    assert blocks.told_apart(0 * score, there) == 0.5
+    assert math.isnan(blocks.told_apart(score, there | True)) and math.isnan(blocks.told_apart(score, there & False))
+
+
+def test_the_blocks_table(demo_files, stand_in, tmp_path, monkeypatch):
+    monkeypatch.setattr(blocks, "METHODS", {"pag3": blocks.METHODS["pag3"]})
+    options = bench.Options(models=tuple(map(str, demo_files.values())), n=4, quick=True, work=tmp_path)
+    table = blocks.main(options)
+    assert not any("not painted yet" in note for note in table.notes)
+    of = {model: [row for row in table.rows if row["model"] == f"shapes-{model}"] for model in demo_files}
+    assert {row["kinds"] for row in of["flux"]} == {"joint"}
+    assert {"self, cross"} == {row["kinds"] for row in of["unet"]}
+    for row in table.rows:
+        assert "pag3 right" in row and "pag3 frechet" in row
+        assert all(0 <= row[word].low <= row[word].value <= row[word].high <= 1 for word in blocks.WORDS if word in row)
+    assert blocks.main(replace(options, until=0.0)).rows == table.rows
+
+
+def test_words_are_read_in_rows_of_their_own():
+    """On the shipped UNet the colour's map lies on the object, in every picture of the batch."""
+    painter = generate.Painter(demo_host.DEFAULT)
+    found = blocks.words_of(painter, ["input.3", "output.2"], 8)
+    assert set(found) == {(block, word) for block in ("input.3", "output.2") for word in blocks.WORDS}
+    assert all(found[block, "colour"].low > 0.8 and found[block, "noun"].value > 0.6 for block, _ in found)
 
 
 def test_models_are_found_by_name_and_missing_ones_named(demo_files):
