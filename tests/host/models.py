@@ -75,6 +75,22 @@ def tiny_flux(disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher
     return _patcher(Tiny({key: value for key, value in unet.items() if key in known | {"image_model"}}), tiny_flux)
 
 
+def tiny_chroma(disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """Chroma in small: Flux without pooled vectors, its modulations (always 344, of which the first count) from one
+    network for all blocks."""
+
+    class Tiny(comfy.supported_models.Chroma):
+        pass
+
+    unet = {
+        "image_model": "chroma", "in_channels": 64, "out_channels": 64, "patch_size": 2, "vec_in_dim": POOLED,
+        "context_in_dim": CONTEXT, "hidden_size": 64, "mlp_ratio": 4.0, "num_heads": 2, "depth": 1,
+        "depth_single_blocks": 1, "axes_dim": [8, 12, 12], "theta": 10000, "qkv_bias": True, "txt_ids_dims": [],
+        "in_dim": 64, "out_dim": 64, "hidden_dim": 64, "n_layers": 1,
+    }
+    return _patcher(Tiny(unet), tiny_chroma)
+
+
 def tiny_sd3(disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
     """SD3 in small: rectified flow, joint attention with learned positions at the input, pooled vectors."""
 
@@ -173,9 +189,9 @@ def tiny_zimage(disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatch
 
 
 MODELS = {"unet": tiny_unet, "flux": tiny_flux}  # the two that most tests run on
-FAMILIES = {**MODELS, "sd3": tiny_sd3}  # for what differs between kinds of attention
+FAMILIES = {**MODELS, "sd3": tiny_sd3, "chroma": tiny_chroma}  # for what differs between kinds of attention
 MORE = {"wan": tiny_wan, "qwen": tiny_qwen, "lumina": tiny_lumina, "zimage": tiny_zimage}  # by the same tests
-CHANNELS = {"unet": 4, "flux": 16, "sd3": 16, **dict.fromkeys(MORE, 16)}
+CHANNELS = {"unet": 4, "flux": 16, "sd3": 16, "chroma": 16, **dict.fromkeys(MORE, 16)}
 FRAMES = {"wan": 2, "qwen": 1}  # of latents that have them
 
 

@@ -29,7 +29,7 @@ from .test_branches import one_forward_a_cond
 from .test_conditioning import Control
 from .test_methods import by_guider, by_ksampler
 
-SITES = {"unet": 14, "flux": 2, "sd3": 2, "wan": 4, "qwen": 2, "lumina": 4, "zimage": 4}
+SITES = {"unet": 14, "flux": 2, "sd3": 2, "chroma": 2, "wan": 4, "qwen": 2, "lumina": 4, "zimage": 4}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -410,8 +410,8 @@ def test_a_wrapper_that_splits_the_batch_is_an_error(family, network):
     def one_by_one(apply_model, args):
         options = args["c"]
         rows = zip(args["input"].split(1), args["timestep"].split(1), options["c_crossattn"].split(1))
-        pooled = {} if "y" not in options else {"y": options["y"][:1]}
-        return torch.cat([apply_model(x, t, **{**options, **pooled, "c_crossattn": c}) for x, t, c in rows])
+        first = {name: options[name][:1] for name in ("y", "guidance") if name in options}
+        return torch.cat([apply_model(x, t, **{**options, **first, "c_crossattn": c}) for x, t, c in rows])
 
     model = network.clone()
     model.set_model_unet_function_wrapper(one_by_one)

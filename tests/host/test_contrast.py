@@ -28,8 +28,8 @@ from .test_methods import call
 
 STEPS = 2
 BLOCKS = "middle, joint.1, double.0"
-CALL = {"unet": 4, "flux": 0, "sd3": 1}  # which attention call of a forward BLOCKS means
-READ = {"unet": 4, "flux": 1, "sd3": 1}  # and which SAG reads: the middle, the block half-way
+CALL = {"unet": 4, "flux": 0, "chroma": 0, "sd3": 1}  # which attention call of a forward BLOCKS means
+READ = {"unet": 4, "flux": 1, "chroma": 1, "sd3": 1}  # and which SAG reads: the middle, the block half-way
 GRID = (4, 6)  # of the tokens there, for all three, from latents of 8x12
 
 
@@ -130,7 +130,7 @@ def degraded(method, family: str, options: dict) -> dict:
     """The options under which the model predicts worse."""
     if isinstance(method, PerturbedAttention):
         return overriding(options, CALL[family], own_tokens)
-    if family == "flux":  # where q is met before its rotary embedding
+    if family in ("flux", "chroma"):  # where q is met before its rotary embedding
 
         def patch(q, k, v, pe, attn_mask, extra_options):
             first = (extra_options["block_type"], extra_options["block_index"]) == ("double", 0)
@@ -304,10 +304,10 @@ def test_sag_needs_a_prompt_for_the_whole_picture():
 
 
 def test_sag_reads_one_block(family, network):
-    blocks = {"unet": "output", "flux": "double, single", "sd3": "joint"}[family]
+    blocks = {"unet": "output", "sd3": "joint"}.get(family, "double, single")
     with pytest.raises(GuidanceError, match=r"it reads the map of one block, and .* names \d: .*Write one of them"):
         run(network, family, SelfAttentionGuidance(blocks=blocks))
-    one = {"unet": "output.3.0", "flux": "double.0", "sd3": "joint.0"}[family]
+    one = {"unet": "output.3.0", "sd3": "joint.0"}.get(family, "double.0")
     out = run(network, family, SelfAttentionGuidance(blocks=one))
     assert out.isfinite().all() and not torch.equal(out, run(network, family, SelfAttentionGuidance()))
 

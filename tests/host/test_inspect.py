@@ -22,7 +22,7 @@ from .models import CHANNELS, calls, having, sample
 from .registry import NEGATIVE, POSITIVE
 from .test_nodes import call
 
-FIRST = {"unet": "input.1", "flux": "double.0", "sd3": "joint.0"}
+FIRST = {"unet": "input.1", "flux": "double.0", "chroma": "double.0", "sd3": "joint.0"}
 
 
 def inspected(model, family, size=(6, 10), batch=1, **inputs) -> tuple[torch.Tensor, str]:

@@ -1,4 +1,6 @@
-"""All ordered pairs of methods on both models: one result whatever the wiring, or a refusal that names both."""
+"""All ordered pairs of methods on both models, in half of the ways that triples run in (test_matrix.py): every two of
+batch 1 or 3, joint or split, KSampler or custom sampler. One result whatever the wiring, or a refusal that names both.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +13,13 @@ import torch
 
 import rudder.guidance
 from rudder.guidance.contract import Guidance, GuidanceError
-from rudder.guidance.trace import Recorder, Trace
+from rudder.guidance.trace import Trace
 from rudder.host import add_guidance
 
-from .models import sample
-from .registry import EXCLUSIVE, METHODS, NEED_A_SOURCE, NEGATIVE, POSITIVE, evaluations, fitted
+from .models import latent
+from .registry import EXCLUSIVE, METHODS, NEED_A_SOURCE
+from .ways import HALF, by_ksampler, every_way, plain, wired  # noqa: F401 (fixture)
 
-STEPS, WEIGHT = 3, 4.0
 PAIRS = list(itertools.combinations(METHODS, 2))
 TOGETHER = [pair for pair in PAIRS if set(pair) not in EXCLUSIVE]
 ALONE = [pair for pair in itertools.product(METHODS, repeat=2) if set(pair) in EXCLUSIVE]
@@ -35,21 +37,10 @@ def test_every_method_is_in_the_registry():
     assert ours - {Guidance, Trace} - NEED_A_SOURCE == {type(entry.method) for entry in METHODS.values()}
 
 
-def wired(model, *names: str):
-    for method in [fitted(name, model) for name in names]:
-        model = add_guidance(model, method)
-    return model
-
-
 @pytest.mark.parametrize("pair", TOGETHER, ids=" + ".join)
-def test_a_pair_gives_one_result_whatever_the_wiring(model, kind, pair):
-    recorder = Recorder()
-    traced = add_guidance(wired(model, *pair), Trace(recorder=recorder))
-    run = sample(traced, kind, POSITIVE, NEGATIVE, cfg=WEIGHT, steps=STEPS)
-    assert run.isfinite().all()
-    assert torch.equal(sample(wired(model, *reversed(pair)), kind, POSITIVE, NEGATIVE, cfg=WEIGHT, steps=STEPS), run)
-    steps = recorder.runs[""]["steps"]
-    assert [s["evaluations"] for s in steps] == evaluations(pair, kind, [s["sigma"] for s in steps])
+def test_a_pair_gives_one_result_whatever_the_wiring(model, kind, plain, pair, monkeypatch):  # noqa: F811
+    run = every_way(model, kind, pair, plain, monkeypatch, HALF)
+    assert torch.equal(by_ksampler(wired(model, reversed(pair)), latent(kind, 1)), run)
 
 
 @pytest.mark.parametrize("pair", ALONE, ids=" + ".join)
@@ -63,4 +54,4 @@ def test_a_pair_that_decides_the_same_thing_is_refused(model, pair):
 @pytest.mark.parametrize("name", TWICE)
 def test_a_method_twice_is_refused(model, name):
     with pytest.raises(GuidanceError, match="both decide"):
-        wired(model, name, name)
+        wired(model, (name, name))
