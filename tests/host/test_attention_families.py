@@ -111,8 +111,10 @@ def met(model, family, kinds=Same.kinds, **options) -> list:
 
 
 @pytest.mark.parametrize("split", [False, True], ids=["joint", "split"])
-@pytest.mark.parametrize("prompts", [name for name in attention.PROMPTS if name != "ControlNet"])
+@pytest.mark.parametrize("prompts", attention.PROMPTS)
 def test_an_edit_changes_its_rows_and_no_other(family, network, prompts, split, monkeypatch):
+    if prompts == "ControlNet" and family != "qwen":
+        pytest.skip("ComfyUI has no ControlNet for it: Wan's VACE has tests of its own, Z-Image's is a model patch")
     if family in ("lumina", "zimage"):  # the oracle knows no sites, and attention among the text alone is none
         def louder(func, *args, **kwargs):
             return func(*args, **kwargs) * (30.0 if kwargs["transformer_options"].get("block_type") else 1.0)
