@@ -142,6 +142,12 @@ class AttentionEdit:
     kinds: ClassVar[frozenset[str]] = frozenset({"self", "cross", "joint"})
     needs_grid: ClassVar[bool] = False  # acts on neighbouring tokens: cannot work on merged or tiled ones
 
+    @property
+    def company(self) -> Sequence[Any]:
+        """Who must be in the same forward pass as whatever it acts on. Where the host splits the batch they are
+        evaluated beside each part."""
+        return ()
+
     def acts_at(self, site: Site) -> bool:
         return site.kind in self.kinds and selected(self.blocks, site.name)
 
@@ -160,7 +166,7 @@ class AttentionEdit:
 
     def across(self, site: Site, roles: Sequence[Any], results: Sequence[Tensor]) -> Sequence[Tensor]:
         """The results of all chunks that it acts on, ``[samples, heads, tokens, D]`` each, whichever other edits they
-        went through. Only chunks of one forward pass meet."""
+        went through. Only chunks of one forward pass meet, see ``company``."""
         return results
 
     def residual(self, block: Residual) -> Tensor:

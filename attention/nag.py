@@ -58,6 +58,10 @@ class JointNormalisedGuidance(NormalisedGuidance):
 
     kinds = frozenset({"joint"})
 
+    @property
+    def company(self) -> Sequence[Any]:
+        return ("cond", self.negative)
+
     def output(self, call: Call, attend: Callable[..., Tensor]) -> Tensor:
         return attend()
 
@@ -78,8 +82,8 @@ class JointNormalisedGuidance(NormalisedGuidance):
 
 APART = (
     "Negative at Any CFG (NAG): the host evaluates the positive and NAG's negative in different forward passes, and on "
-    "this model (joint attention of text and image) they must share one. It splits them when memory is short, or when "
-    "the prompts differ in token count, area, ControlNet or hooks. Encode both with the same node and settings, use a "
-    "smaller latent or batch, or remove the node. The text encoders of Qwen-Image, Lumina 2 and Z-Image do not pad: "
-    "there the negative must have as many tokens as the positive."
+    "this model (joint attention of text and image) they must share one. It splits them when the prompts differ in "
+    "token count, area, ControlNet or hooks. Encode both with the same node and settings, or remove the node. The text "
+    "encoders of Qwen-Image, Lumina 2 and Z-Image do not pad: there the negative must have as many tokens as the "
+    "positive."
 )

@@ -21,8 +21,8 @@ from .space import cosine, norm
 
 #: The blocks that are degraded, whatever family the model is of. "middle", the UNet's, is that of both papers,
 #: "joint.1" the default of a public implementation for SD3. PROVISIONAL, no publication has one: "joint.1" of Qwen-
-#: Image, Lumina 2 and Z-Image, which nobody has tried; "double.1" of Flux, which of the demo Flux's four blocks made
-#: the fewest artefacts in a small sweep (it was half trained); "block.9" of Wan, of the blocks that users of skip-
+#: Image, Lumina 2 and Z-Image, which nobody has tried; "double.1" of Flux, which of the demo Flux's four blocks does
+#: the least harm at s 3 (`bench blocks`; a large one has 57); "block.9" of Wan, of the blocks that users of skip-
 #: layer guidance leave out (8 to 10).
 BLOCKS = "middle, joint.1, double.1, block.9"
 

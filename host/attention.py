@@ -26,6 +26,7 @@ from .sites import Layout, Tap, family, taps_of
 log = logging.getLogger("rudder")
 
 OVERRIDE = "optimized_attention_override"
+NAMES = ("c_concat", "c_crossattn", "control", "transformer_options")  # of what a model is called with after x and t
 
 
 def check_edit(title: str, edit: AttentionEdit, sites: Sequence[Site], model: torch.nn.Module) -> None:
@@ -72,29 +73,30 @@ class Pass:
 
 
 class Attention:
-    """The edits of one run. ``who``, ``lengths``, ``acting`` and ``step`` are set by the run before each call of the
-    model."""
+    """The edits of one run. All but ``taps`` and ``told`` is set by the run before each call of the model."""
 
     def __init__(self) -> None:
         self.taps: dict[int, list[Tap]] = {}
         self.who: Mapping[Any, tuple[Any, ...]] = {}  # uuid of a cond -> its roles, the most telling first
+        self.entries: Mapping[Any, dict] = {}  # uuid of a cond -> the processed cond
         self.lengths: Mapping[Any, int | None] = {}  # uuid of a cond -> its text tokens
         self.acting: Edits = ()
         self.step: Step | None = None
-        self.texts: Mapping[Any, list[dict]] = {}  # processed conds of every branch of the run
+        self.texts: Mapping[Any, list[dict]] = {}  # processed conds of the positive and of every branch of the run
         self.told = False
 
     def apply_model(self, executor: Callable, x: Tensor, t: Tensor, *args, **kwargs) -> Tensor:
-        """APPLY_MODEL wrapper. The options are the fourth argument after x and t, or a keyword."""
+        """APPLY_MODEL wrapper. What comes after x and t comes by place (``NAMES``) or by name."""
         if not self.acting:
             return executor(x, t, *args, **kwargs)
-        options = args[3] if len(args) > 3 else kwargs.get("transformer_options", {})
-        uuids = options.get("uuids", ())
-        roles = [self.who.get(uuid, ()) for uuid in uuids]
+        given = dict(zip(NAMES, args)) | kwargs
+        options = given.get("transformer_options", {})
+        roles = [self.who.get(uuid, ()) for uuid in options.get("uuids", ())]
         acting = [(edit, on) for edit, on in self.acting if any(concerns(on, role) for role in roles)]
+        acting = [(edit, on) for edit, on in acting if not self.alone(edit, roles)]
         if not acting:
             return executor(x, t, *args, **kwargs)
-        model = executor.class_obj.diffusion_model
+        model, rows = executor.class_obj.diffusion_model, len(x)
         if id(model) not in self.taps:
             self.taps[id(model)] = taps_of(model)
         samples = len(x) // len(roles)
@@ -104,23 +106,56 @@ class Attention:
                 f"{len(roles)} times {len(self.step.x)}, so Rudder cannot tell whose they are. Remove that node (a "
                 "model wrapper that splits or extends the batch)."
             )
-        lengths = [self.lengths.get(uuid) for uuid in uuids]
+        for who in dict.fromkeys(who for edit, _ in acting for who in edit.company):
+            if not any(role and role[0] == who for role in roles) and (more := self.beside(who, x, t, given, samples)):
+                (x, t, given), roles = more, [*roles, (who,)]
+        options = given.get("transformer_options", {})
+        lengths = [self.lengths.get(uuid) for uuid in options.get("uuids", ())]
         now = Pass(family(model).start(model, x), roles, acting, self.step, tuple(x.shape[2:]), samples, lengths,
                    self.texts)
-        options = {**options, OVERRIDE: override(now, options.get(OVERRIDE))}
-        if len(args) > 3:
-            args = (*args[:3], options, *args[4:])
-        else:
-            kwargs["transformer_options"] = options
+        given["transformer_options"] = {**options, OVERRIDE: override(now, options.get(OVERRIDE))}
+        args = [given.pop(name) for name in NAMES[:len(args)]]
         handles = [handle for tap in self.taps[id(model)] for handle in tapped(tap, now)]
         try:
-            out = executor(x, t, *args, **kwargs)
+            out = executor(x, t, *args, **given)[:rows]
         finally:
             for handle in handles:
                 handle.remove()
         for edit, _ in acting:
             self.check_met(edit, now, [site for tap in self.taps[id(model)] for site in tap.sites])
         return out
+
+    @staticmethod
+    def alone(edit: AttentionEdit, roles: Sequence[tuple[Any, ...]]) -> bool:
+        """Whether a pass holds nothing but the company of an edit: a branch whose own prediction nobody reads."""
+        guests = [who for who in edit.company if who != "cond"]
+        return bool(guests) and all(role and role[0] in guests for role in roles)
+
+    def beside(
+        self, who: Any, x: Tensor, t: Tensor, given: dict[str, Any], samples: int
+    ) -> tuple[Tensor, Tensor, dict[str, Any]] | None:
+        """What the model is called with, and one chunk more; None where the host would not put it into the same pass:
+        areas, ControlNets, hooks, texts of lengths that do not go together. ``given``: by name."""
+        here = [self.entries.get(uuid, {}) for uuid in given["transformer_options"]["uuids"]]
+        entry = self.texts[who][0] if len(self.texts[who]) == 1 else {}
+        apart = ("control", "area", "hooks")
+        if not entry or any(one.get(key) is not None for one in (entry, *here) for key in apart):
+            return None
+        parts = {name: part.process_cond(batch_size=samples, area=None) for name, part in entry["model_conds"].items()}
+        mine = {name: value for name, value in given.items() if name not in ("control", "transformer_options")}
+        if {name for name, value in mine.items() if value is not None} != set(parts):
+            return None
+        out, options = dict(given), given["transformer_options"]
+        for name, part in parts.items():
+            chunk = mine[name][:samples] if isinstance(mine[name], Tensor) else mine[name]
+            if not type(part)(chunk).can_concat(part):
+                return None
+            out[name] = type(part)(mine[name]).concat([part])
+        out["transformer_options"] = {
+            **options, "uuids": [*options["uuids"], entry["uuid"]],
+            "cond_or_uncond": [*options.get("cond_or_uncond", ()), len(options["uuids"])],
+        }  # fmt: skip
+        return torch.cat([x, x[:samples]]), torch.cat([t, t[:samples]]), out
 
     def check_met(self, edit: AttentionEdit, now: Pass, sites: Sequence[Site]) -> None:
         """An edit that met none of its sites is an error; some that it missed are told once a run."""

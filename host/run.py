@@ -342,7 +342,7 @@ class Run:
         roles = [guider.conds[self.keys[sources[r]]] if r in sources else entries for r, entries in zip(ROLES, own)]
         fill = [entries if sources.get(r) in self.partial else None for r, entries in zip(ROLES, own)]
         self.attention.step = step
-        self.attention.texts = {branch: guider.conds[key] for branch, key in self.keys.items()}
+        self.attention.texts = {"cond": roles[0]} | {b: guider.conds[key] for b, key in self.keys.items()}
         self.attention.acting = [
             *edits_of(plan, step),
             *((edit, (branch,)) for branch in extra if isinstance(branch, Variant) for edit in branch.edits),
@@ -395,9 +395,8 @@ class Run:
         self.attention.who = {entry["uuid"]: (role,) for role, entries in named for entry in entries} | {
             entry["uuid"]: lineage(branch) for branch, entries in extra.items() for entry in entries
         }
-        self.attention.lengths = {
-            entry["uuid"]: conds.text_length(entry) for entries in [*roles, *more] if entries for entry in entries
-        }
+        self.attention.entries = {entry["uuid"]: entry for entries in [*roles, *more] if entries for entry in entries}
+        self.attention.lengths = {uuid: conds.text_length(entry) for uuid, entry in self.attention.entries.items()}
         foreign = options.get("sampler_calc_cond_batch_function")
         if foreign is None:
             out = samplers.calc_cond_batch(model, [*roles, *more], x, sigma, options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import comfy.hooks
 import pytest
 import torch
 
@@ -18,15 +19,16 @@ from rudder.guidance.sag import SelfAttentionGuidance
 from rudder.host import add_guidance, plan_of
 from rudder.nodes.nag import RudderNAG
 
-from .models import MODELS, calls, conditioning, having, sample, tiny_unet
+from .models import MODELS, calls, conditioning, having, lora, sample, tiny_unet
 from .registry import NEGATIVE, POSITIVE, prompt
-from .test_attention import Editing
+from .test_attention import Editing, areas, controlled
 from .test_branches import one_forward_a_cond
 from .test_nodes import call
 from .test_prompt_to_prompt import CAT, SOURCE, batch
 from .test_prompt_to_prompt import run as edited
 
 AWAY = conditioning(8)
+PAG = PerturbedAttention(blocks="middle, double.0, joint.0")
 
 
 def method(conditioning=AWAY, **options) -> NAG:
@@ -93,13 +95,26 @@ def test_on_a_unet_it_is_the_rule_by_another_packs_way():
     assert not torch.allclose(ours, run(unet, "unet", cfg=1.0, batch=2), atol=1e-3)
 
 
-def test_a_split_batch_is_the_same_on_a_unet_and_refused_on_joint_attention(network, family):
-    if family == "unet":
-        out = run(network, family, method(), split=True)
-        torch.testing.assert_close(out, run(network, family, method()), rtol=1e-4, atol=1e-3)
-        return
+@pytest.mark.parametrize("cfg", [1.0, 4.0])
+@pytest.mark.parametrize("more", [(), (PAG,)], ids=["NAG", "NAG + PAG"])
+def test_a_split_batch_is_the_same(network, family, cfg, more):
+    """On joint attention the negative, and for PAG's prediction the positive too, is evaluated beside each part."""
+    out = run(network, family, method(), *more, cfg=cfg, batch=2, split=True)
+    torch.testing.assert_close(out, run(network, family, method(), *more, cfg=cfg, batch=2), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("apart", ["area", "ControlNet", "hooks"])
+def test_what_the_host_keeps_apart_is_refused_on_joint_attention(apart):
+    """It is told, and the model is as it was. (A negative has the positive's areas, so they only part where memory is
+    short.)"""
+    model = MODELS["flux"]()
+    positive = {"area": areas(POSITIVE), "ControlNet": controlled(model, "flux"),
+                "hooks": having(POSITIVE, hooks=comfy.hooks.create_hook_lora(lora(model, 1), 1.0, 0.0))}[apart]
+    plain = sample(model, "flux", POSITIVE, NEGATIVE)
     with pytest.raises(ValueError, match=r"different forward passes.*token count"):
-        run(network, family, method(), split=True)
+        patched = add_guidance(model, method())
+        sample(one_forward_a_cond(patched) if apart == "area" else patched, "flux", positive, NEGATIVE)
+    assert torch.equal(sample(model, "flux", POSITIVE, NEGATIVE), plain)
 
 
 def test_a_negative_of_another_length():
