@@ -43,8 +43,8 @@ def test_the_edit_table(demo_files, stand_in, tmp_path, monkeypatch):  # noqa: F
         assert row["evaluations"] == 6 * (3 if "AAPB" in row["method"] else 2)
         assert ("gain" in row) == (row["method"] != edit.ROWS[edit.PLAIN].name)
     peaks = {(row["model"], row["method"]): row["memory"] for row in table.rows}
-    for (model, method), peak in peaks.items():  # of a step's tensors, to within what the smallest of them are
-        assert 0.1 < 0.99 * peaks[model, edit.ROWS[edit.PLAIN].name] < peak, method
+    for (model, method), peak in peaks.items():  # parts of a batch that are attended to apart may need less together
+        assert 0.5 < peak / peaks[model, edit.ROWS[edit.PLAIN].name] < 3, method
     table.facts |= bench.facts(0.0, True)
     table.save(tmp_path)
     json.loads((tmp_path / "edit.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
