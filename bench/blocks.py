@@ -25,10 +25,10 @@ from rudder.guidance.contrast import PerturbedAttention, SmoothedEnergy
 from rudder.host.sites import sites_of
 from rudder.host.words import encoded
 
-from . import Options, Table, cells, edits, seen, truth
+from . import Options, Table, cells, edits, guidance, seen, truth
 from .cells import Cell, Store
 from .generate import Painter, files
-from .guidance import CATEGORIES, PLAIN, SPLIT
+from .guidance import PLAIN, SPLIT, halves
 from .stats import Interval, mean_interval
 
 CFG = 5.0
@@ -96,15 +96,14 @@ def words_of(painter: Painter, blocks: Sequence[str], count: int = PICTURES) -> 
 
 def pair(key: str, n: int, methods: Sequence[Guidance]) -> list[Cell]:
     """The two halves of the prompts of the table `guidance`."""
-    return [Cell(category, SPLIT, key, "", CFG, count, cells.code_of(methods))
-            for category, count in zip(CATEGORIES, (n - n // 2, n // 2))]
+    return [Cell(category, SPLIT, key, "", CFG, count, cells.code_of(methods)) for category, count in halves(n)]
 
 
 def todo_of(store: Store, key: str, n: int, methods: Sequence[Guidance], true: truth.Truth, reader: Any, tag: str
             ) -> cells.Todo:
     both = pair(key, n, methods)
     jobs = [job for cell in both for job in cells.jobs(cell, (lambda anchor: tuple(methods)) if methods else None)]
-    return cells.Todo(store, true.key(both, tag), jobs, lambda images: cells.first_marks(images, both[0], reader), both)
+    return guidance.todo_of(store, both, jobs, both, true, reader, tag)
 
 
 def attention_of(painter: Painter) -> dict[str, list[str]]:

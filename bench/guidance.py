@@ -188,12 +188,17 @@ def plan(quick: bool) -> list[tuple[str, float]]:
     return [(key, cfg) for group in groups for cfg in order for key in group if cfg in ROWS[key].at(order)]
 
 
+def halves(n: int) -> list[tuple[str, int]]:
+    """How many of n pictures are of which category."""
+    return list(zip(CATEGORIES, (n - n // 2, n // 2)))
+
+
 def cells_of(key: str, cfg: float, n: int, kind: Parametrisation = Parametrisation.EPS) -> list[Cell]:
     """The two halves of the mixture, together n pictures."""
     row = ROWS[key]
     code = cells.code_of(row.parts(Given(Prompt((), "anchor"), kind, cfg, SETTINGS[kind].sampler)))
-    halves, made = zip(CATEGORIES, (n - n // 2, n // 2)), Cell if row.prompted else Unprompted
-    return [made(c, SPLIT, key, row.anchor, cfg, count, code) for c, count in halves]
+    made = Cell if row.prompted else Unprompted
+    return [made(c, SPLIT, key, row.anchor, cfg, count, code) for c, count in halves(n)]
 
 
 def jobs_of(store: Store, cell: Cell) -> list[cells.Job]:
@@ -383,6 +388,12 @@ def notes(found: Found, options: Options, n: int, stores: Sequence[Store], missi
 
 # ---------------------------------------------------------------- the table
 
+def todo_of(store: Store, pair: list[Cell], jobs: list[cells.Job], what: Any, true: Any, reader: Any, tag: str
+            ) -> cells.Todo:
+    """A row: its cells as one set of pictures, against the ``truth.Truth``."""
+    return cells.Todo(store, true.key(pair, tag), jobs, lambda images: cells.first_marks(images, pair[0], reader), what)
+
+
 def main(options: Options) -> Table:
     from . import guidanceplots, guidanceworlds, judge, truth
 
@@ -397,9 +408,8 @@ def main(options: Options) -> Table:
                   for key, cfg in plan(options.quick) for store in stores]
         prompts = [p for cell in cells_of(PLAIN, 1.0, n) for p in cell.prompts]
         true = truth.Truth.of(prompts, reader, 4 if options.quick else truth.EACH)
-        todo = [cells.Todo(store, true.key(pair, tag), [job for cell in pair for job in jobs_of(store, cell)],
-                           lambda images, pair=pair: cells.first_marks(images, pair[0], reader),
-                           (store, key, cfg, pair)) for key, cfg, store, pair in wanted]
+        todo = [todo_of(store, pair, [job for cell in pair for job in jobs_of(store, cell)], (store, key, cfg, pair),
+                        true, reader, tag) for key, cfg, store, pair in wanted]
         ready = [row.what for row in cells.done(todo, options)]
         parts, absent = guidanceworlds.parts(options, work)
         found = Found({(s.painter.name, key, cfg): true.see_cells(s, pair, reader, tag) for s, key, cfg, pair in ready},

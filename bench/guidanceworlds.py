@@ -105,7 +105,8 @@ def ledger(options: Options, work: Path, world: World, plan: Plan) -> Kept:
     folder = options.kept or place(work, world, plan)
     kept = Kept(folder / f"guidance-exact-{world.name}.json", state(world, plan), options.shard[1] == 1)
     if options.check:
-        for name in [name for name, row in kept.rows.items() if row["code"] != cells.code_digest()[:12]]:
+        code = cells.code_digest()[:12]
+        for name in [name for name, row in kept.rows.items() if row["code"] != code]:
             kept.drop(name)
     return kept
 
@@ -133,6 +134,7 @@ def measured(
              if row.worlds and cfg in row.at(cfgs)]
     models = {kind: model_of(world, kind) for kind in KINDS}
     out: dict[Name, Measured] = {("", FLOOR, 0.0): Measured(measure(ruler, second, truth, plan))}
+    by = {"code": cells.code_digest()[:12], "commit": commit()}
 
     def run(kind: Parametrisation, key: str, cfg: float) -> Measured:
         samples, *cost = sample(models[kind], world, ROWS[key], kind, cfg, plan)
@@ -145,7 +147,7 @@ def measured(
         mine = i % options.shard[1] == options.shard[0] and time.monotonic() < options.until
         if name not in kept.rows and (mine or file.is_file()):
             row = asdict(remembered(file, partial(run, kind, key, cfg)))
-            kept.put(name, rounded(row) | {"code": cells.code_digest()[:12], "commit": commit()})
+            kept.put(name, rounded(row) | by)
         if name in kept.rows:
             out[kind.value, key, cfg] = Measured(**restored({k: kept.rows[name][k] for k in FIELDS}))
     return out, len(names) + 1 - len(out)

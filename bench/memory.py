@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from comfy.conds import CONDCrossAttn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -137,7 +138,8 @@ def forward(network: Network, model: torch.nn.Module, pixels: int, made: Sequenc
     inputs = network.inputs(len(x), DTYPE)
     attention = Attention()
     attention.step = step(x[:pictures])
-    attention.who, attention.lengths = {0: ("uncond",), 1: ("cond",)}, {0: network.text[0], 1: network.text[0]}
+    attention.who = {0: ("uncond",), 1: ("cond",)}
+    attention.entries = dict.fromkeys((0, 1), {"model_conds": {"c_crossattn": CONDCrossAttn(inputs["context"])}})
     attention.acting = [pair for method in made for pair in method.edits(attention.step)]
 
     def run(x: torch.Tensor, t: torch.Tensor, transformer_options: dict) -> torch.Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..attention.contract import AttentionEdit, Call, Residual, overrides
 from ..attention.sites import Site
 from ..guidance.contract import Edits, GuidanceError, Step
+from .conds import text_length
 from .sites import Layout, Tap, family, taps_of
 
 log = logging.getLogger("rudder")
@@ -79,7 +80,6 @@ class Attention:
         self.taps: dict[int, list[Tap]] = {}
         self.who: Mapping[Any, tuple[Any, ...]] = {}  # uuid of a cond -> its roles, the most telling first
         self.entries: Mapping[Any, dict] = {}  # uuid of a cond -> the processed cond
-        self.lengths: Mapping[Any, int | None] = {}  # uuid of a cond -> its text tokens
         self.acting: Edits = ()
         self.step: Step | None = None
         self.texts: Mapping[Any, list[dict]] = {}  # processed conds of the positive and of every branch of the run
@@ -110,11 +110,11 @@ class Attention:
             if not any(role and role[0] == who for role in roles) and (more := self.beside(who, x, t, given, samples)):
                 (x, t, given), roles = more, [*roles, (who,)]
         options = given.get("transformer_options", {})
-        lengths = [self.lengths.get(uuid) for uuid in options.get("uuids", ())]
+        lengths = [text_length(self.entries.get(uuid, {})) for uuid in options.get("uuids", ())]
         now = Pass(family(model).start(model, x), roles, acting, self.step, tuple(x.shape[2:]), samples, lengths,
                    self.texts)
         given["transformer_options"] = {**options, OVERRIDE: override(now, options.get(OVERRIDE))}
-        args = [given.pop(name) for name in NAMES[:len(args)]]
+        args = [*(given.pop(name) for name in NAMES[:len(args)]), *args[len(NAMES):]]
         handles = [handle for tap in self.taps[id(model)] for handle in tapped(tap, now)]
         try:
             out = executor(x, t, *args, **given)[:rows]

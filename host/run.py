@@ -396,7 +396,6 @@ class Run:
             entry["uuid"]: lineage(branch) for branch, entries in extra.items() for entry in entries
         }
         self.attention.entries = {entry["uuid"]: entry for entries in [*roles, *more] if entries for entry in entries}
-        self.attention.lengths = {uuid: conds.text_length(entry) for uuid, entry in self.attention.entries.items()}
         foreign = options.get("sampler_calc_cond_batch_function")
         if foreign is None:
             out = samplers.calc_cond_batch(model, [*roles, *more], x, sigma, options)
