@@ -124,7 +124,7 @@ COLUMNS = {
 
 
 def main(options: Options) -> Table:
-    from . import judge
+    from rudder.demo import judge
 
     reader, n = judge.load(), options.n or (8 if options.quick else 64)
     tag = truth.tag(cells.digest_of_judge())

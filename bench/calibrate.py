@@ -38,7 +38,7 @@ def row(model: str, cell: cells.Cell, scores: cells.Scores) -> dict:
 
 
 def main(options: Options) -> Table:
-    from .judge import load
+    from rudder.demo.judge import load
 
     judge, tag, rows = load(), cells.digest_of_judge(), []
     n = options.n or (8 if options.quick else 128)

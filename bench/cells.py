@@ -333,7 +333,7 @@ def done(rows: Sequence[Todo], options: Options, say: Callable = print) -> list[
 
 def digest_of_judge() -> str:
     """Of the judge's weights and of how it reads them."""
-    from . import judge
+    from rudder.demo import judge
 
     content = judge.DEFAULT.read_bytes() + Path(judge.__file__).read_bytes()
     return hashlib.sha256(content).hexdigest()[:12]

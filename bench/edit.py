@@ -280,7 +280,7 @@ def row(model: str, kind: str, key: str, made: Sequence[Made], plain: Sequence[M
 
 
 def main(options: Options) -> Table:
-    from . import judge
+    from rudder.demo import judge
 
     reader = judge.load()
     n = options.n or (2 if options.quick else 128)

@@ -395,7 +395,9 @@ def todo_of(store: Store, pair: list[Cell], jobs: list[cells.Job], what: Any, tr
 
 
 def main(options: Options) -> Table:
-    from . import guidanceplots, guidanceworlds, judge, truth
+    from rudder.demo import judge
+
+    from . import guidanceplots, guidanceworlds, truth
 
     reader = judge.load()
     tag = truth.tag(cells.digest_of_judge())

@@ -182,7 +182,7 @@ CELLS = {"model": ("model", ""), "category": ("category", ""), "method": ("metho
 # ---------------------------------------------------------------- the table
 
 def main(options: Options) -> Table:
-    from . import judge
+    from rudder.demo import judge
 
     reader, tag = judge.load(), cells.digest_of_judge()
     n = options.n or (8 if options.quick else 512)

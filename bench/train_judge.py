@@ -26,9 +26,8 @@ from safetensors.torch import save_file
 
 from rudder.demo import draw, world
 from rudder.demo.data import load_vae
+from rudder.demo.judge import CLASSES, DEFAULT, OBJECT, Judge, Network, load
 from rudder.demo.trainlib import half, rate
-
-from .judge import CLASSES, DEFAULT, OBJECT, Judge, Network, load
 
 GLYPH = 0.15  # part of the objects that is an individual
 FILE, DECODED = 6000, 2000  # pictures in a file of the pool, and how many of them went through the autoencoder too

@@ -73,7 +73,7 @@ def captions(rng: np.random.Generator, s: Scenes, slip: float = SLIP) -> list[st
 
 def parse(text: str) -> dict:
     """Read a caption back: {'objects': [{'shape': 'circle', ...}, ...], 'relation': ..., 'background': ...}, only
-    what is said. Raises ValueError on a word that the world does not know."""
+    what is said. Raises ValueError on what is no caption of the world."""
     said: dict = {"objects": []}
     if " on a " in text:
         text, background = text.split(" on a ")
@@ -85,9 +85,9 @@ def parse(text: str) -> dict:
         if f" {relation} " in text:
             said["relation"], parts = relation, text.split(f" {relation} ")
     for part in parts:
-        words = part.split()[1:]
+        article, *words = part.split() or [""]
         said["objects"].append({group: w for group, names in GROUPS.items() for w in words if w in names})
-        if len(said["objects"][-1]) != len(words):
+        if article not in ("a", "an") or not words or len(said["objects"][-1]) != len(words):
             raise ValueError(f"cannot read {part!r}")
     return said
 

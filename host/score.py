@@ -1,4 +1,5 @@
-"""How well a predicted picture shows a text, by the host's own CLIP models: a scorer for dynamic CFG."""
+"""How well a predicted picture shows a text: scorers for dynamic CFG, by the host's own CLIP models and by the judge of
+the demo world."""
 
 from __future__ import annotations
 
@@ -10,7 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, linear
 
+from ..demo import words, world
+from ..demo.judge import load
+from ..demo.scorer import JudgeScorer
 from ..guidance.contract import GuidanceError, Step
+from .demo import Latents
 
 Decoder = Callable[[Tensor], Tensor]  # x0 in model space -> pictures [B, H, W, 3] in 0..1
 
@@ -109,3 +114,30 @@ def clip_scorer(clip: Any, vision: Any, text: str, latent_format: Any, vae: Any 
                             "SigLIP do not). Load a CLIP ViT-L, ViT-H or ViT-bigG vision model.")
     features = text_features(clip, text, embeds.shape[-1])
     return ClipScorer(vision, features, preview(latent_format) if vae is None else decoder(vae, latent_format))
+
+
+def judge_scorer(caption: str, latent_format: Any, vae: Any) -> JudgeScorer:
+    """The judge of the demo world on decoded predictions.
+
+    Raises:
+        GuidanceError: another model's latents, or what is no caption of the world; on the first step, pictures of
+            another size than the judge reads.
+    """
+    if not isinstance(latent_format, Latents):
+        raise GuidanceError("The judge knows only pictures of the demo models (Load Demo Model), and 'model' is "
+                            "another. Use CLIP Scorer.")
+    try:
+        words.parse(caption)
+    except ValueError as error:
+        raise GuidanceError(f"'text': {error}. The judge reads captions of the demo world, of one or two objects, such "
+                            "as 'a spiky red heart on a navy background' (its words: demo/README.md).") from error
+    decode = decoder(vae, latent_format)
+
+    def pictures(x0: Tensor) -> Tensor:
+        decoded = decode(x0)
+        if decoded.shape[1:] != (world.SIZE, world.SIZE, 3):
+            raise GuidanceError(f"The judge reads pictures of {world.SIZE}x{world.SIZE} pixels and these have "
+                                f"{decoded.shape[2]}x{decoded.shape[1]}. Give the sampler a latent of that size.")
+        return decoded.clamp(0, 1)
+
+    return JudgeScorer(load(), pictures, (caption,))

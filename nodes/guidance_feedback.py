@@ -25,7 +25,7 @@ from ..guidance.temporal_net import TimePredictor
 from ..host import plan_of
 from ..host.collect import predictions
 from ..host.demo import MODELS
-from ..host.score import clip_scorer
+from ..host.score import clip_scorer, judge_scorer
 from . import store
 from .guidance import CATEGORY, model_input, model_output, patched, window_inputs
 from .guidance_more import CoefficientsType
@@ -161,7 +161,8 @@ class RudderDynamicCFG(io.ComfyNode):
                 ),
                 ScorerType.Input(
                     "scorer", optional=True,
-                    tooltip="Judges the candidates, for example CLIP Scorer. None: the contrast limit above.",
+                    tooltip="Judges the candidates: CLIP Scorer, or Shapes Judge Scorer for the demo models. None: the "
+                    "contrast limit above.",
                 ),
                 *window_inputs(outside="Outside, the sampler's own cfg counts."),
             ],
@@ -208,6 +209,32 @@ class RudderCLIPScorer(io.ComfyNode):
         if not text.strip():
             raise ValueError("'text' is empty: every picture would fit it alike. Write what the picture should show.")
         return io.NodeOutput(clip_scorer(clip, clip_vision, text, model.get_model_object("latent_format"), vae))
+
+
+class RudderJudgeScorer(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="RudderJudgeScorer",
+            display_name="Shapes Judge Scorer",
+            category=CATEGORY,
+            description="Scores predicted pictures of the demo models by how well they show a caption, with the small "
+            "judge of the shapes world: for Self-tuning CFG, where CLIP would read pictures of a large model. "
+            "No model evaluations.",
+            search_aliases=["judge", "scorer", "reward", "shapes", "demo scorer"],
+            inputs=[
+                io.Model.Input("model", tooltip="The demo model that is sampled; only its latents' kind is read."),
+                io.Vae.Input("vae", tooltip="The demo model's VAE; the judge reads decoded pictures of 64x64 pixels."),
+                io.String.Input("text", default="", multiline=True,
+                                tooltip="What the picture should show, in the words of the demo world, such as 'a "
+                                "spiky red heart': usually your positive prompt. One text for the whole batch."),
+            ],
+            outputs=[ScorerType.Output(display_name="SCORER", tooltip="For Self-tuning CFG.")],
+        )
+
+    @classmethod
+    def execute(cls, model, vae, text) -> io.NodeOutput:
+        return io.NodeOutput(judge_scorer(text, model.get_model_object("latent_format"), vae))
 
 
 # ---------------------------------------------------------------- temporal TAG
@@ -373,6 +400,6 @@ def pictures_in(folder: str, size: int) -> Iterator[torch.Tensor]:
 
 
 NODES = (
-    RudderFitLinearAG, RudderDynamicCFG, RudderCLIPScorer, RudderTemporalTAG, RudderLoadTimePredictor,
-    RudderTrainTimePredictor,
+    RudderFitLinearAG, RudderDynamicCFG, RudderCLIPScorer, RudderJudgeScorer, RudderTemporalTAG,
+    RudderLoadTimePredictor, RudderTrainTimePredictor,
 )  # fmt: skip

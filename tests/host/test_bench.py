@@ -428,7 +428,7 @@ def test_a_changed_method_gets_other_pictures(store, monkeypatch):
 @pytest.fixture
 def stand_in(monkeypatch):
     """A judge that needs no file, and settings that need no time."""
-    from rudder.bench import judge
+    from rudder.demo import judge
 
     monkeypatch.setattr(judge, "load", Judge)
     monkeypatch.setattr(cells, "digest_of_judge", lambda: "stand-in")
@@ -526,7 +526,7 @@ def test_the_guidance_prompts_are_fixed():
 
 
 def test_true_renders_show_what_is_said():
-    from rudder.bench import judge
+    from rudder.demo import judge
 
     prompts = [p for cell in guidance.cells_of("cfg", 1.0, 32) for p in cell.prompts]
     pictures = truth.renders(prompts, 1)
@@ -698,7 +698,7 @@ def test_models_are_found_by_name_and_missing_ones_named(demo_files):
 @pytest.mark.parametrize("name", generate.NAMES)
 def test_the_finished_models_draw_what_is_frequent_and_drift_where_it_is_rare(name):
     """Plain guidance, fewer steps, few pictures: only what the shipped weights must show with room to spare."""
-    from rudder.bench import judge
+    from rudder.demo import judge
 
     file = demo_host.MODELS / f"{name}.safetensors"
     if not file.is_file() or demo_host.about(file)["training"]["steps"] < FINISHED:

@@ -30,7 +30,7 @@ class Content:
 
 
 def test_the_edit_table(demo_files, stand_in, tmp_path, monkeypatch):  # noqa: F811
-    from rudder.bench import judge
+    from rudder.demo import judge
 
     monkeypatch.setattr(judge, "load", Content)
     options = bench.Options(models=tuple(map(str, demo_files.values())), n=2, quick=True, work=tmp_path / "work")

@@ -10,6 +10,7 @@ import comfy.model_management as management
 import comfy.sd
 import comfy.sd1_clip
 import folder_paths
+import numpy as np
 import pytest
 import torch
 from comfy.clip_vision import ClipVisionModel
@@ -17,8 +18,8 @@ from comfy.supported_models_base import ClipTarget
 from PIL import Image
 
 import nodes as host_nodes
-from rudder.bench import judge
-from rudder.bench.scorer import JudgeScorer
+from rudder.demo import draw, judge, world
+from rudder.demo.scorer import JudgeScorer
 from rudder.guidance.adaptive import AdaptiveGuidance
 from rudder.guidance.contract import GuidanceError
 from rudder.guidance.linear_ag import LinearAG
@@ -34,6 +35,7 @@ from rudder.nodes.guidance_feedback import (
     RudderCLIPScorer,
     RudderDynamicCFG,
     RudderFitLinearAG,
+    RudderJudgeScorer,
     RudderLoadTimePredictor,
     RudderTemporalTAG,
     RudderTrainTimePredictor,
@@ -269,6 +271,46 @@ def test_the_judge_of_the_world_as_scorer(name):
     assert out.isfinite().all() and all(step["evaluations"] == 2 for step in steps)
     assert all(weight in (1.0, 3.0, 7.5) for step in steps for weight in step["chosen_weight"])
     assert scorer(demo.get_model_object("latent_format").process_in(out), None).shape == (2,)
+
+
+@pytest.fixture(scope="module")
+def demo_parts():
+    return load_demo(MODELS / "shapes-unet.safetensors")
+
+
+def drawn(color: str, shape: str) -> torch.Tensor:
+    """A true picture ``[64, 64, 3]`` of a plain thing on white."""
+    scenes = world.sample(np.random.default_rng(0), 20_000, pairs=0.0)
+    wanted = {"shape": world.NOUNS.index(shape), "color": list(world.COLORS).index(color), "attribute": 0, "texture": 0}
+    fits = np.logical_and.reduce([getattr(scenes, name)[:, 0] == value for name, value in wanted.items()])
+    at = np.flatnonzero(fits & (scenes.background == 0))[:1]
+    return torch.from_numpy(draw.render(scenes[at])[0]).float()[0] / 255
+
+
+def test_the_node_of_the_judge(demo_parts):
+    demo, clip, vae = demo_parts
+    (scorer,) = call(RudderJudgeScorer, model=demo, vae=vae, text="a red circle on a white background")
+    shown = torch.stack([drawn("red", "circle"), drawn("red", "star"), drawn("blue", "star")])
+    right, half, wrong = scorer(demo.get_model_object("latent_format").process_in(vae.encode(shown)), None).tolist()
+    assert right > half + 1 > wrong + 1
+    positive, negative = (clip.encode_from_tokens_scheduled(clip.tokenize(t)) for t in ("a red circle", ""))
+    (patched,) = call(RudderDynamicCFG, model=demo, scorer=scorer)
+    image = {"samples": torch.zeros(2, 16, 16, 16)}
+    for _ in range(2):  # the scorer remembers nothing
+        out = host_nodes.KSampler().sample(patched, 3, 2, 5.0, "euler", "normal", positive, negative, image)[0]
+        assert scorer(demo.get_model_object("latent_format").process_in(out["samples"]), None).shape == (2,)
+
+
+def test_what_the_judge_cannot_read_is_named(demo_parts, model):
+    demo, _, vae = demo_parts
+    for text in ("", "photo of a cat", "red circle", "a red circle left of a blue star above a red star"):
+        with pytest.raises(GuidanceError, match="'text': cannot read.*such as 'a spiky red heart"):
+            call(RudderJudgeScorer, model=demo, vae=vae, text=text)
+    with pytest.raises(GuidanceError, match="only pictures of the demo models.*Use CLIP Scorer"):
+        call(RudderJudgeScorer, model=model, vae=vae, text="a red circle")
+    (scorer,) = call(RudderJudgeScorer, model=demo, vae=vae, text="a red circle")
+    with pytest.raises(GuidanceError, match="64x64 pixels and these have 96x64"):
+        scorer(torch.zeros(1, 16, 16, 24), None)
 
 
 # ---------------------------------------------------------------- temporal TAG

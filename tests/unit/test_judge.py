@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from rudder.bench import judge as judging
 from rudder.bench import train_judge
 from rudder.demo import draw, words, world
+from rudder.demo import judge as judging
+from rudder.demo.scorer import log_probability
 
 # Accuracies that the shipped judge exceeds by a wide margin on fresh pictures; results/judge.md has the numbers.
 FLOOR = {"count": 99, "shape": 98, "color": 98.5, "texture": 94, "attribute": 97, "size": 98, "background": 99}
@@ -201,6 +202,23 @@ def test_two_objects_without_a_relation_are_found_in_either_slot(judge):
     objects = [{"color": "blue", "shape": "star"}, {"color": "red", "shape": "circle"}]
     for said in (objects, objects[::-1]):
         assert score(judge, s, {"objects": said}) == {"count": 1, "shape": 1, "color": 1, "all": 1}
+
+
+def test_the_scorer_believes_what_is_there(judge):
+    pair = scene("red circle", "blue star", relation="above", background="navy")
+    reading = judge(pictures(pair))
+
+    def said(text: str) -> float:
+        return log_probability(reading, 0, words.parse(text)).item()
+
+    right = "a red circle above a blue star on a navy background"
+    assert -0.5 < said(right) <= 0 and said("a blue star below a red circle") > -0.5
+    wrong = ("a red circle", "a red circle below a blue star", "a red circle left of a blue star",
+             "a blue circle above a red star", "a red circle above a blue star on a white background")
+    assert all(said(text) < said(right) - 1 for text in wrong)
+    unordered = {"objects": [{"color": "blue"}, {"shape": "circle"}]}
+    assert log_probability(reading, 0, unordered).item() > -0.5
+    assert said("a shape above a figure") > -0.5, "a superclass word asks for nothing"
 
 
 def test_what_a_truth_does_not_say_is_nan(judge):

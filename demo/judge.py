@@ -9,7 +9,7 @@ or lower one, and a single object is slot 0. The network finds each slot by atte
 the true masks), pools what is there and reads shape, colour, texture, attribute and size with the same small network
 for both slots. Its probabilities are calibrated by one temperature a head (Guo et al., arXiv 1706.04599).
 
-`bench/train_judge.py` trains and validates it; results/judge.md says how far to trust it.
+`bench/train_judge.py` trains and validates it; bench/results/judge.md says how far to trust it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from rudder.demo import words, world
+from . import words, world
 
-from . import ROOT
-
-DEFAULT = ROOT / "demo" / "models" / "judge.safetensors"
+DEFAULT = Path(__file__).resolve().parent / "models" / "judge.safetensors"
 
 #: What each head tells apart. `axis`: where slot 1 is, seen from slot 0.
 CLASSES: dict[str, tuple] = {
@@ -111,7 +109,7 @@ def load(path: Path = DEFAULT) -> Judge:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(
-            f"No judge at {path}. The repository holds one: `git checkout -- {DEFAULT.relative_to(ROOT)}` brings it "
+            f"No judge at {path}. The repository holds one: `git checkout -- demo/models/{DEFAULT.name}` brings it "
             "back; `python -m bench.train_judge train` makes another."
         )
     with safe_open(str(path), framework="pt") as file:
@@ -242,7 +240,7 @@ class Reading:
             raise ValueError(f"A truth has one object, or two and perhaps a relation: {truth}")
         row = {"count": seen["count"] == len(said) - 1}
         if "background" in truth:
-            row["background"] = seen["background"] in _wanted("background", truth["background"])
+            row["background"] = seen["background"] in classes_of("background", truth["background"])
         slots = (0, 1)
         if len(said) == 2:
             relation = truth.get("relation")
@@ -257,7 +255,7 @@ class Reading:
         for o, slot in zip(said, slots):
             there = slot <= seen["count"]
             for name, word in o.items():
-                wanted = _wanted(name, word)
+                wanted = classes_of(name, word)
                 if wanted:
                     row[name] = row.get(name, True) and there and seen[name][slot] in wanted
         return row
@@ -267,13 +265,13 @@ class Reading:
         total = 0.0
         for o, slot in zip(said, slots):
             for name in {"color", "shape"} & o.keys():
-                wanted = _wanted(name, o[name])
+                wanted = classes_of(name, o[name])
                 if wanted:
                     total += self.probabilities[name][i, slot, list(wanted)].sum().clamp(min=1e-9).log().item()
         return total
 
 
-def _wanted(name: str, word: str) -> range:
+def classes_of(name: str, word: str) -> range:
     """The classes of a head that fit a word; empty where every class does.
 
     Raises:
