@@ -64,9 +64,14 @@ class Cell:
         parts = (self.category, self.split, f"cfg{self.cfg:g}", self.method, self.anchor, self.code)
         return "_".join(p.replace(" ", "-") for p in parts if p)
 
+    @property
+    def source(self) -> Sequence[RarePrompt]:
+        """What it goes round."""
+        return rareshapes.prompts(self.category, self.split)
+
     def prompt(self, i: int) -> RarePrompt:
         """Of the i-th picture."""
-        prompts = rareshapes.prompts(self.category, self.split)
+        prompts = self.source
         return prompts[i % len(prompts)]
 
     def text(self, i: int) -> str:
@@ -75,7 +80,7 @@ class Cell:
 
     def seed(self, i: int) -> int:
         """Of the i-th picture: a function of its prompt and of how often the prompt came before."""
-        repeat = i // len(rareshapes.prompts(self.category, self.split))
+        repeat = i // len(self.source)
         return zlib.crc32(f"{self.prompt(i).text}, {repeat}".encode())
 
     @property

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -26,6 +26,7 @@ from rudder.guidance.aapb import AAPB
 from rudder.guidance.adaptive import AdaptiveGuidance
 from rudder.guidance.answer import ANSWER
 from rudder.guidance.apg import APG
+from rudder.guidance.autoguidance import AutoGuidance
 from rudder.guidance.beta_cfg import BetaCFG
 from rudder.guidance.blend import FixedBlend
 from rudder.guidance.cfg_zero import CFGZero
@@ -51,7 +52,7 @@ from rudder.inversion.cfg_pp import CFGPP
 from rudder.inversion.w2sd import W2SD
 from rudder.nodes.guidance_feedback import opened
 
-from . import Options, Table, cells, rare, seen
+from . import Options, Table, cells, companions, rare, seen
 from .cells import Cell, Store, Unprompted
 from .exact.table import window
 from .generate import SETTINGS, files
@@ -71,13 +72,15 @@ NOTHING = "nothing"  # the same for pictures without a prompt
 @dataclass(frozen=True)
 class Given:
     """What a row may use: the second prompt (by the row's ``anchor``), what the model predicts, the table's weight, the
-    host's name of the sampler, and the MODEL without any method."""
+    host's name of the sampler, the MODEL without any method, and whose pictures they are (nobody's in exact worlds).
+    """
 
     anchor: Prompt
     kind: Parametrisation
     cfg: float
     sampler: str = "dpmpp_2m"
     model: Any = None
+    store: Store | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,8 @@ class Row:
         sampler: the SAMPLER instead of the model's own; must draw no noise.
         worlds: whether it can run in the exact worlds.
         prompted: whether the model is told the prompt. Pictures from nothing have no accuracy.
+        helper: what brings a part of the method while it is painted (``companions``), where there is one.
+        second: evaluations of another model a step, which the counter of the first does not see.
     """
 
     name: str
@@ -104,6 +109,8 @@ class Row:
     sampler: Callable[[Given], Any] | None = None
     worlds: bool = True
     prompted: bool = True
+    helper: Callable | None = None
+    second: int = 0
 
     def at(self, cfgs: Sequence[float]) -> list[float]:
         return [cfg for cfg in cfgs if self.least <= cfg <= self.most]
@@ -112,7 +119,8 @@ class Row:
         """What decides the pictures beside the weight: methods, and the sampler's function and solver."""
         sampler = self.sampler(given) if self.sampler else None
         solver = [v for v in sampler.extra_options.values() if is_dataclass(v)] if sampler else []
-        return [*self.make(given), *([sampler.sampler_function] if sampler else []), *solver]
+        functions = [f for f in (sampler and sampler.sampler_function, self.helper) if f]
+        return [*self.make(given), *functions, *solver]
 
 
 def limited(given: Given) -> tuple[Guidance, ...]:
@@ -122,6 +130,16 @@ def limited(given: Given) -> tuple[Guidance, ...]:
 
 def from_nothing(name: str, *methods: Guidance) -> Row:
     return Row(name, lambda g: methods, least=1.0, most=1.0, worlds=False, prompted=False)
+
+
+def fitted(given: Given) -> tuple[Guidance, ...]:
+    how = given.store and replace(given.store.settings, cfg=given.cfg)
+    found = companions.coefficients(given.store.painter, how) if how else None
+    return (LinearAG(end=0.5, coefficients=found),)
+
+
+def auto(given: Given) -> tuple[Guidance, ...]:
+    return (AutoGuidance(bad=companions.worse(given.store.painter.name) if given.store else None),)
 
 
 @lru_cache(maxsize=1)
@@ -148,6 +166,8 @@ ROWS: dict[str, Row] = {
     "w2sd": Row("W2SD, weak cfg 1", sampler=lambda g: w2sd(W2SD())),
     "temporal-tag": Row("TAG, temporal", lambda g: (TemporalTAG(predictor=time_predictor()),), worlds=False),
     "linear-ag": Row("LinearAG, held", lambda g: (LinearAG(end=0.5),)),
+    "linear-ag-fit": Row("LinearAG, fitted", fitted, worlds=False, helper=companions.coefficients),
+    "autoguidance": Row("AutoGuidance", auto, least=1.0, worlds=False, helper=companions.worse, second=1),
     "dynamic": Row("dynamic CFG, no judge", lambda g: (DynamicCFG(scorer=Overshoot()),), least=7.5, most=7.5),
     "answer": Row("ANSWER", lambda g: (ANSWER(end=0.8),)),
     "uncond-negative": Row("negative as uncond", lambda g: (AsUncond(negative=g.anchor),), "harmful"),
@@ -169,23 +189,29 @@ ROWS: dict[str, Row] = {
 #: Methods of the pack without a row, and why.
 ELSEWHERE = {
     "CFG": "the sampler's own cfg is the row CFG", "Trace": "it changes nothing",
-    "InstructGuidance": "it needs a model that takes an image", "AutoGuidance": "it needs a worse model of the world",
+    "InstructGuidance": "it needs a model that takes an image",
     "AttentionEntropy": "it is for pictures of another size than the model was trained on",
     **dict.fromkeys(("PromptToPrompt", "LocalBlend", "MasaCtrl", "PlugAndPlay"), "it edits: `bench edit`"),
     "RIVAL": "it varies a picture of the same batch",
 }  # fmt: skip
 SATURATION = ("apg", "cfg-zero", "tcfg")  # expected nearer the data than CFG at high cfg
 SAVING = ("adaptive", "adaptive-late")  # the paper's setting, and the node's own: see RudderAdaptiveGuidance.md
+EXPECTED = (PLAIN, *SATURATION, "interval", *SAVING)  # what the expectations speak of
 SAVES = 25.0  # percent of the evaluations that Adaptive Guidance is expected to save
 
 
+def urgent(key: str, cfg: float) -> bool:
+    """Whether a row belongs to what must not be missing: everything at one weight, and what the expectations speak of
+    at a high one."""
+    return cfg == CFGS[0] or (cfg == CFGS[1] and key in EXPECTED) or not ROWS[key].prompted
+
+
 def plan(quick: bool) -> list[tuple[str, float]]:
-    """(method, cfg), the most important first: what the expectations speak of, then the other rows."""
+    """(method, cfg), the most important first."""
     order = QUICK_CFGS if quick else CFGS
-    first = (PLAIN, *SATURATION, "interval", *SAVING)
-    groups = (first, [key for key, row in ROWS.items() if not row.prompted],
-              [key for key, row in ROWS.items() if key not in first and row.prompted])
-    return [(key, cfg) for group in groups for cfg in order for key in group if cfg in ROWS[key].at(order)]
+    keys = [*EXPECTED, *(key for key in ROWS if key not in EXPECTED)]
+    every = [(key, cfg) for cfg in order for key in keys if cfg in ROWS[key].at(order)]
+    return sorted(every, key=lambda name: not urgent(*name))
 
 
 def halves(n: int) -> list[tuple[str, int]]:
@@ -193,11 +219,13 @@ def halves(n: int) -> list[tuple[str, int]]:
     return list(zip(CATEGORIES, (n - n // 2, n // 2)))
 
 
-def cells_of(key: str, cfg: float, n: int, kind: Parametrisation = Parametrisation.EPS) -> list[Cell]:
+def cells_of(
+    key: str, cfg: float, n: int, kind: Parametrisation = Parametrisation.EPS, made: type[Cell] = Cell
+) -> list[Cell]:
     """The two halves of the mixture, together n pictures."""
     row = ROWS[key]
     code = cells.code_of(row.parts(Given(Prompt((), "anchor"), kind, cfg, SETTINGS[kind].sampler)))
-    made = Cell if row.prompted else Unprompted
+    made = made if row.prompted else Unprompted
     return [made(c, SPLIT, key, row.anchor, cfg, count, code) for c, count in halves(n)]
 
 
@@ -205,7 +233,7 @@ def jobs_of(store: Store, cell: Cell) -> list[cells.Job]:
     row, painter = ROWS[cell.method], store.painter
 
     def given(anchor: Prompt) -> Given:
-        return Given(anchor, painter.parametrisation, cell.cfg, store.settings.sampler, painter.model)
+        return Given(anchor, painter.parametrisation, cell.cfg, store.settings.sampler, painter.model, store)
 
     more = {"alone": True} if row.alone else {}
     more |= {"sampler": row.sampler(given(Prompt((), "anchor")))} if row.sampler else {}
@@ -249,7 +277,6 @@ COLUMNS = {"model": ("model", ""), "method": ("method", ""), "cfg": ("cfg", "g")
            "accuracy": ("right, %", ".1f"), "more right": ("above CFG, points", "+.1f"),
            "saturation": ("saturation", ".3f"), "nearer": ("nearer the data than CFG", "+.3f"),
            "frechet": ("Frechet distance", ".1f"), "farther": ("above CFG's", "+.1f"),
-           "diversity": ("diversity", ".3f"), "more diverse": ("above CFG's", "+.3f"),
            "evaluations": ("evaluations a picture", ".1f"), "seconds": ("s a picture", ".2f")}
 
 
@@ -288,16 +315,10 @@ def nearest(rows: list[dict]) -> list[dict]:
 # ---------------------------------------------------------------- what it says
 
 def fronts(found: Found) -> list[str]:
-    """Which methods are on the front of accuracy against diversity and against evaluations, for each model."""
+    """Which methods are on the front of accuracy against evaluations, for each model."""
     out = []
     for model in found.models:
         of = {(ROWS[key].name, cfg): s for (key, cfg), s in found.of(model).items()}
-        if all(not np.isnan(s.variety) for s in of.values()):
-            def freer(a, b, of=of) -> bool:
-                return seen.more_right(of[a], of[b]).low >= 0 and seen.more_diverse(of[a], of[b]).low >= 0
-
-            where = seen.standings({name: (s.accuracy, s.variety) for name, s in of.items()}, freer)
-            out.append(f"Accuracy against diversity, {model}: {seen.told(where)}")
 
         def cheaper(a, b, of=of) -> bool:
             return of[a].evaluations <= of[b].evaluations and seen.more_right(of[a], of[b]).low > 0
@@ -308,7 +329,8 @@ def fronts(found: Found) -> list[str]:
 
 
 def expectations(found: Found) -> list[str]:
-    """The three expectations that were written down before the first run, each confirmed, refuted or undecided."""
+    """What was expected of saturation and of evaluations before the first run (of diversity: ``variety``), each
+    confirmed, refuted or undecided."""
     out = []
     for model in found.models:
         of = found.of(model)
@@ -323,21 +345,8 @@ def expectations(found: Found) -> list[str]:
             if said:
                 out.append(f"Expected: {ROWS[key].name} keeps saturation nearer the data than CFG at high cfg and "
                            f"equal accuracy; {model}, {'; '.join(said)}.")
-        out += expected_diversity(model, of, plain) + expected_saving(model, of, plain)
+        out += expected_saving(model, of, plain)
     return out
-
-
-def expected_diversity(model: str, of: dict, plain: dict[float, Seen]) -> list[str]:
-    """Against each weight of CFG, the interval at the weight that is as often right, as nearly as there is one."""
-    mine, said = {cfg: s for (key, cfg), s in of.items() if key == "interval"}, []
-    for cfg in sorted(c for c in plain if c > 1 and mine):
-        like = min(mine, key=lambda c: (abs(mine[c].accuracy - plain[cfg].accuracy), abs(c - cfg)))
-        effect, right = seen.more_diverse(mine[like], plain[cfg]), seen.more_right(mine[like], plain[cfg])
-        if effect is not None:
-            said.append(f"at {like:g} against CFG at {cfg:g}: diversity {effect:+.3f}, accuracy {right:+.1f} points: "
-                        f"{seen.verdict(effect, 0, right)}")
-    return [f"Expected: the limited interval is more diverse at equal accuracy; {model}, {'; '.join(said)}."
-            ] * bool(said)
 
 
 def expected_saving(model: str, of: dict, plain: dict[float, Seen]) -> list[str]:
@@ -364,11 +373,13 @@ def notes(found: Found, options: Options, n: int, stores: Sequence[Store], missi
         f"the column; their saturation is {found.data:.3f}.",
         "Intervals: 95 %, bootstrap clustered by prompt; of Frechet distances jackknife over groups of prompts. "
         "Differences are to CFG at the same cfg on the same pictures. 'Nearer the data': by how much the mean "
-        "saturation lies nearer to that of true renders. Diversity: between pictures of one prompt, of the judge's "
-        "features.",
+        "saturation lies nearer to that of true renders.",
         "Negatives (as uncond, extra, Perp-Neg) say another attribute of the same shape; AAPB, R2F and the blend have "
         "the superclass anchor: on these prompts nothing drifts, so they show their price here, not their use.",
         "Rows without a prompt are compared with each other, at cfg 1, and have no accuracy.",
+        "AutoGuidance (w 2, added to CFG above cfg 1) has the same model after less training as the worse one "
+        f"({', '.join(f'{name} at {commit}' for name, commit in companions.WORSE.items())} of this repository). "
+        "LinearAG's coefficients are fitted at each cfg on 8 other prompts.",
         "Dynamic CFG chooses the weight itself (its row is at 7.5), by the scorer that knows no judge: scored by the "
         "judge that measures it, it would prove nothing.",
         f"CFG++ is a sampler, here {' or '.join(SOLVERS.values())} as in the other rows; its lambda is the cfg times "
@@ -394,10 +405,37 @@ def todo_of(store: Store, pair: list[Cell], jobs: list[cells.Job], what: Any, tr
     return cells.Todo(store, true.key(pair, tag), jobs, lambda images: cells.first_marks(images, pair[0], reader), what)
 
 
+def todos(wanted: Sequence[tuple[str, float]], stores: Sequence[Store], n: int, made: type[Cell], *how: Any
+          ) -> list[cells.Todo]:
+    """Every wanted (method, cfg) of each model that this clone can paint; ``how`` as the end of :func:`todo_of`."""
+    out = []
+    for key, cfg in wanted:
+        for store in stores:
+            pair = cells_of(key, cfg, n, store.painter.parametrisation, made)
+            jobs = [job for cell in pair for job in jobs_of(store, cell)]
+            out.append(todo_of(store, pair, jobs, (store, key, cfg, pair), *how))
+    return [row for row in out if row.kept or possible(*row.what[:2])]
+
+
+def found_of(ready: Sequence[cells.Todo], stores: Sequence[Store], true: Any, reader: Any, tag: str) -> Found:
+    """What is seen of the finished rows of :func:`todos`."""
+    out = {}
+    for store, key, cfg, pair in (row.what for row in ready):
+        s = true.see_cells(store, pair, reader, tag)
+        more = ROWS[key].second * store.settings.steps
+        out[store.painter.name, key, cfg] = replace(s, evaluations=s.evaluations + more)
+    return Found(out, true.saturation, true.floors(stores[0].painter, reader))
+
+
+def possible(store: Store, key: str) -> bool:
+    """Whether this clone has what the row needs."""
+    return ROWS[key].helper is not companions.worse or companions.has_worse(store.painter.name)
+
+
 def main(options: Options) -> Table:
     from rudder.demo import judge
 
-    from . import guidanceplots, guidanceworlds, truth
+    from . import guidanceplots, guidanceworlds, truth, variety
 
     reader = judge.load()
     tag = truth.tag(cells.digest_of_judge())
@@ -406,22 +444,20 @@ def main(options: Options) -> Table:
         raise SystemExit("bench guidance: --n must be at least 4, or no distance of distributions can be measured.")
     with cells.workplace(options) as work:
         stores = [cells.open_store(work, file, options, "guidance") for file in files(options.models)]
-        wanted = [(key, cfg, store, cells_of(key, cfg, n, store.painter.parametrisation))
-                  for key, cfg in plan(options.quick) for store in stores]
         prompts = [p for cell in cells_of(PLAIN, 1.0, n) for p in cell.prompts]
         true = truth.Truth.of(prompts, reader, 4 if options.quick else truth.EACH)
-        todo = [todo_of(store, pair, [job for cell in pair for job in jobs_of(store, cell)], (store, key, cfg, pair),
-                        true, reader, tag) for key, cfg, store, pair in wanted]
-        ready = [row.what for row in cells.done(todo, options)]
+        todo = todos(plan(options.quick), stores, n, Cell, true, reader, tag)
+        ready = cells.done([row for row in todo if urgent(*row.what[1:3])], options)
+        varied, waiting = variety.part(stores, options, n, reader, tag)
+        ready += cells.done([row for row in todo if not urgent(*row.what[1:3])], options)
         parts, absent = guidanceworlds.parts(options, work)
-        found = Found({(s.painter.name, key, cfg): true.see_cells(s, pair, reader, tag) for s, key, cfg, pair in ready},
-                      true.saturation, true.floors(stores[0].painter, reader))
-        sheets = {s.painter.name: sheet(s, [pair[0] for o, _, _, pair in ready if o is s]) for s in stores}
+        found = found_of(ready, stores, true, reader, tag)
+        sheets = {s.painter.name: sheet(s, [row.what[3][0] for row in ready if row.store is s]) for s in stores}
     rows = rows_of(found)
-    missing = len(todo) - len(ready) + absent
-    out = Table("guidance", "Guidance methods: accuracy, saturation, diversity and cost", COLUMNS, nearest(rows),
+    missing = len(todo) - len(ready) + waiting + absent
+    out = Table("guidance", "Guidance methods: accuracy, saturation, distance and cost", COLUMNS, nearest(rows),
                 notes(found, options, n, stores, missing))
-    out.parts = [Table("guidance-cells", "Every weight", COLUMNS, rows), *parts]
+    out.parts = [Table("guidance-cells", "Every weight", COLUMNS, rows), varied, *parts]
     out.plots = guidanceplots.all_plots(found, sheets)
     return out
 

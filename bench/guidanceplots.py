@@ -53,10 +53,8 @@ def lines(found: Found, model: str) -> dict[str, dict[float, seen.Seen]]:
     return {key: out[key] for key in ROWS if key in out}
 
 
-def by_diversity(found: Found) -> Figure | None:
+def by_diversity(found: Found) -> Figure:
     """A line a method through its weights; the highest is named. Up and to the right is better."""
-    if any(np.isnan(s.variety) for s in found.seen.values()):
-        return None
     figure, [axes] = panels(found.models)
     for axis, model in zip(axes, found.models):
         for key, mine in lines(found, model).items():
@@ -115,15 +113,15 @@ def by_weight(found: Found) -> Figure:
     return legend(figure, axes[0, 0])
 
 
-def saver(figures: dict[str, Figure | None]) -> dict[str, Callable]:
+def saver(figures: dict[str, Figure]) -> dict[str, Callable]:
     """Name -> what saves the picture under a path."""
-    return {name: partial(figure.savefig, dpi=110) for name, figure in figures.items() if figure}
+    return {name: partial(figure.savefig, dpi=110) for name, figure in figures.items()}
 
 
 def all_plots(found: Found, sheets: dict[str, dict]) -> dict[str, Callable]:
     figures = {}
     if found.seen:
-        figures = {"diversity": by_diversity(found), "evaluations": by_evaluations(found), "weight": by_weight(found)}
+        figures = {"evaluations": by_evaluations(found), "weight": by_weight(found)}
     return saver(figures | {f"sheet-{model}": contact_sheet(shown) for model, shown in sheets.items() if shown})
 
 

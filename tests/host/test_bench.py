@@ -24,6 +24,7 @@ from rudder.bench import (
     blocks,
     calibrate,
     cells,
+    companions,
     cost,
     generate,
     guidance,
@@ -32,6 +33,7 @@ from rudder.bench import (
     rare,
     rareshapes,
     truth,
+    variety,
 )
 from rudder.bench.seen import diversities
 from rudder.guidance.blend import FixedBlend
@@ -525,6 +527,17 @@ def test_the_guidance_prompts_are_fixed():
     assert [(c.category, c.split, c.n) for c in pair] == [("frequent", "dev", 4), ("ordinary", "dev", 3)]
 
 
+def test_the_prompts_of_the_variety_part():
+    """Few prompts, all of them EACH times with other seeds; what is painted first is what the large table has."""
+    [first, _] = guidance.cells_of("cfg", 7.5, 32, made=variety.Varied)
+    [large, _] = guidance.cells_of("cfg", 7.5, 32)
+    texts = [p.text for p in first.prompts]
+    assert len(set(texts)) == 4 and texts[:4] * variety.EACH == texts == [p.text for p in large.prompts[:4]] * 4
+    assert len({first.seed(i) for i in range(16)}) == 16 and first.seed(0) == large.seed(0)
+    assert first.key != large.key != guidance.cells_of("cfg", 7.5, 64, made=variety.Varied)[0].key
+    assert len(set(variety.plan(False))) == len(variety.plan(False))
+
+
 def test_true_renders_show_what_is_said():
     from rudder.demo import judge
 
@@ -552,6 +565,7 @@ def test_a_changed_method_costs_its_own_pictures_alone(monkeypatch):
 
 def test_the_guidance_table(demo_files, stand_in, tmp_path, monkeypatch):
     monkeypatch.setattr(guidanceworlds, "WORLDS", {})
+    monkeypatch.setattr(companions, "worse", lambda name: demo_host.load_model(demo_files[name[7:]]))
     options = bench.Options(models=tuple(map(str, demo_files.values())), n=8, quick=True, work=tmp_path / "work")
     half = guidance.main(replace(options, shard=(0, 2)))
     assert any("are not there yet" in note for note in half.notes)
@@ -573,19 +587,35 @@ def test_the_guidance_table(demo_files, stand_in, tmp_path, monkeypatch):
         mine = {method: row for (model, method, cfg), row in rows.items() if (model, cfg) == (f"shapes-{kind}", 15)}
         count = {method: row["evaluations"] for method, row in mine.items()}
         assert count["CFG"] == count["APG"] == count["TCFG"] == 12 and count["AAPB"] == count["Perp-Neg"] == 18
+        assert count["AutoGuidance"] == 18 and count["LinearAG, fitted"] == count["LinearAG, held"] < 12
         assert 6 < count["limited interval"] < 12 and 6 < count["Adaptive Guidance"] <= 12
         assert rows[f"shapes-{kind}", "CFG", 1.0]["evaluations"] == 6
         assert rows[f"shapes-{kind}", "no prompt", 1.0]["evaluations"] == 6
         assert rows[f"shapes-{kind}", "PAG, no prompt", 1.0]["evaluations"] == 12
         assert sum(f", shapes-{kind}: on the front: " in note for note in table.notes) >= 1
+    varied = {(r["model"], r["method"], r.get("cfg")): r for r in table.parts[1].rows}
+    wanted = {(f"shapes-{kind}", guidance.ROWS[key].name, cfg) for kind in demo_files
+              for key, cfg in variety.plan(True)}
+    assert set(varied) >= wanted and all(row["diversity"].value > 0 for row in varied.values())
+    assert all(("more diverse" in varied[name]) == (name[1] != "CFG") for name in wanted)
     table.facts |= bench.facts(0.0, True)
     table.save(tmp_path)
-    for name in ("evaluations", "weight", "sheet-shapes-unet", "sheet-shapes-flux"):
+    for name in ("variety-diversity", "evaluations", "weight", "sheet-shapes-unet", "sheet-shapes-flux"):
         assert (tmp_path / f"guidance-{name}.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads((tmp_path / "guidance.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
     assert set(record["rows"][0]["frechet"]) == {"value", "low", "high"}
     again = guidance.main(options)
     assert again.parts[0].rows == part.rows, "a second run paints nothing new and says the same"
+
+
+def test_the_worse_models_are_in_the_history():
+    for name in generate.NAMES:
+        if companions.has_worse(name):  # not in a shallow clone
+            worse = companions.worse(name).model.diffusion_model.state_dict()
+            shipped = demo_host.load_model(generate.files([name])[0]).model.diffusion_model.state_dict()
+            assert {k: v.shape for k, v in worse.items()} == {k: v.shape for k, v in shipped.items()}
+            assert any(not torch.equal(worse[k], shipped[k]) for k in worse)
+    assert not companions.has_worse("mine")
 
 
 def test_rows_without_a_prompt_are_painted_from_nothing(demo_files, tmp_path):
@@ -625,11 +655,13 @@ def test_the_expectations_are_computed_from_what_was_seen():
     seen = {("m", "cfg", cfg): made(0.3, 1.0, 50.0) for cfg in (7.5, 15.0)}
     seen |= {("m", key, 15.0): made(0.25, 1.0, 50.0) for key in guidance.SATURATION}
     seen |= {("m", "interval", 7.5): made(0.3, 1.5, 40.0), ("m", "adaptive", 7.5): made(0.3, 1.0, 45.0)}
-    lines = guidance.expectations(guidance.Found(seen, dict.fromkeys(prompts, 0.2), {}))
+    found = guidance.Found(seen, dict.fromkeys(prompts, 0.2), {})
+    lines = [*guidance.expectations(found), *variety.expectation(found)]
     assert len(lines) == 5
     assert all("cfg 15: nearer by 0.050 (0.050 .. 0.050), " in line and ": confirmed." in line for line in lines[:3])
-    assert "at 7.5 against CFG at 15: diversity +" in lines[3] and lines[3].endswith("confirmed.")
-    assert "cfg 7.5: 10.0 (10.0 .. 10.0) % saved" in lines[4] and lines[4].endswith("REFUTED.")
+    assert "cfg 7.5: 10.0 (10.0 .. 10.0) % saved" in lines[3] and lines[3].endswith("REFUTED.")
+    assert "at 7.5 against CFG at 15: diversity +" in lines[4] and lines[4].endswith("confirmed.")
+    assert "on the front: limited interval (cfg 7.5)." in variety.front(found)[0]
 
 
 def test_the_exact_worlds_have_a_row_for_every_method(tmp_path, monkeypatch):
