@@ -5,7 +5,8 @@
 A: the maps of chosen words in source and edit, summed over steps and small sites, averaged over heads. The official
 code blends x_t; on x0 (ours) the end is the same outside of M, but x_t is not the source's there during the run, so the
 inside may differ. M is enlarged from the finest grid, trilinear; in the official code from 16 x 16, nearest (recalled).
-On transformers A is read from named blocks (arXiv 2508.07519, read in notes: a few fixed blocks).
+On transformers A is read from a few blocks, as arXiv 2508.07519 (read in notes), which names its own for each model;
+where none is named they are spread over the depth, see ``word_masks.py``.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .contract import TINY, AttentionEdit, Call, scores
+from .contract import TINY, AttentionEdit, Call
 from .prompt_to_prompt import folded
+from .sites import Site
+from .word_masks import paid, spread
 
 Grid = tuple[int, int, int]
 
@@ -42,6 +45,9 @@ class WordMaps(AttentionEdit):
     kinds = frozenset({"cross", "joint"})
     needs_grid = True
 
+    def acts_at(self, site: Site) -> bool:
+        return super().acts_at(site) and (bool(self.blocks) or site.kind != "joint" or spread(site))
+
     def output(self, call: Call, attend: Callable[..., Tensor]) -> Tensor:
         count = len(range(*call.site.image.indices(call.q.shape[2])))
         acts = call.site.kind == "joint" or count <= self.tokens
@@ -49,20 +55,12 @@ class WordMaps(AttentionEdit):
         whole = call.latent == tuple(call.step.x.shape[2:]) and call.step.plain is None  # no area, no look ahead
         if acts and whole and "cond" in call.roles:
             chunk = list(call.roles).index("cond")
-            paid = [self.read(call, chunk, row) for row in range(len(self.lengths))]
-            source = [paid[0][:, list(old)].sum(-1) for old, _ in self.columns]
-            edits = [paid[row][:, list(new)].sum(-1) for row, (_, new) in enumerate(self.columns, 1)]
+            seen = [folded(paid(call, chunk, row), length) for row, length in enumerate(self.lengths)]
+            source = [seen[0][:, list(old)].sum(-1) for old, _ in self.columns]
+            edits = [seen[row][:, list(new)].sum(-1) for row, (_, new) in enumerate(self.columns, 1)]
             maps = torch.stack([torch.stack(source), torch.stack(edits)])
             self.maps[call.site.grid] = self.maps.get(call.site.grid, 0.0) + maps
         return attend()
-
-    def read(self, call: Call, chunk: int, row: int) -> Tensor:
-        """What image tokens pay to each word's tokens, ``[t * h * w, tokens]``, the mean over heads; at joint sites one
-        head at a time, so that no map of all is held."""
-        q, k = (call.by_sample(tensor)[chunk, row] for tensor in (call.q[:, :, call.site.image], call.k))
-        heads = zip(q.split(1), k.split(1)) if call.site.kind == "joint" else [(q, k)]
-        maps = (scores(a, b).softmax(-1)[..., call.site.text] for a, b in heads)
-        return folded(sum(part.sum(0) for part in maps) / len(q), self.lengths[row])
 
 
 def masks(maps: Mapping[Grid, Tensor], threshold: float, size: Sequence[int]) -> Tensor:

@@ -67,8 +67,7 @@ def p2p(given: Given, **options: Any) -> PromptToPrompt:
 
 
 def blend(given: Given, **options: Any) -> LocalBlend:
-    where = {"blocks": "double" if given.kind is Parametrisation.FLOW else ""}
-    return LocalBlend(edit=given.prompts, **(where | options))
+    return LocalBlend(edit=given.prompts, **options)
 
 
 #: Every row by its key, the most important first. A new method is one more line.

@@ -33,7 +33,7 @@ class LocalBlend(Guidance):
         threshold: of the words' map over its maximum, above which a place may change.
         blend_start: percent of the timesteps from which the source is kept.
         tokens: maps are read at cross-attention of at most so many tokens (the paper: 16 x 16).
-        blocks: where they are read; must be named on transformers.
+        blocks: where they are read; none for all small ones, or for a few of a transformer's.
     """
 
     edit: EditPrompts
@@ -67,10 +67,6 @@ class LocalBlend(Guidance):
 
     def check(self, setup: Setup) -> None:
         check_positive(self.title, self.edit, setup)
-        names = [site.name for site in setup.sites if site.kind == "joint"]
-        if names and not self.blocks:
-            raise GuidanceError(f"{self.title}: name a few blocks in 'blocks' on this model, from which to read where "
-                                f"words are. It has {', '.join(names)}; those in the middle are a good start.")
 
     def edits(self, step: Step) -> Edits:
         check_rows(self.title, self.edit, step)

@@ -54,6 +54,9 @@ class PromptToPrompt(Guidance):
         super().__post_init__()
         check_share(self.title, cross_end=self.cross_end, self_end=self.self_end, style_alpha=self.alpha,
                     **{f"word_ends, '{word}'": end for word, end in self.ends})
+        if self.start and self.start >= max(self.cross_end, self.self_end, *(end for _, end in self.ends), 0.0):
+            raise GuidanceError(f"{self.title}: start_percent is {self.start:g} and everything ends before that. Set "
+                                "it below cross_end or self_end.")
         for name, value, known in (("mode", self.mode, MODES), ("renorm", self.renorm, RENORM)):
             if value not in known:
                 raise GuidanceError(f"{self.title}: {name} is '{value}'; it must be one of {', '.join(known)}.")

@@ -93,17 +93,24 @@ class RudderPromptToPrompt(io.ComfyNode):
                     tooltip="Layout is kept in self-attention of at most so many tokens. Paper: 256 (16x16, SD1.5 at "
                     "512x512); 1024 keeps more, and is the least at 1024x1024 on SDXL. Not used on transformers.",
                 ),
+                share_input(
+                    "start_percent", 0.0,
+                    "From when words and layout are the source's, a share of the model's timesteps. Paper: 0. Later "
+                    "lets the edit find a layout of its own first.", advanced=True,
+                ),
             ],
             outputs=[model_output()],
         )
 
     @classmethod
     def execute(
-        cls, model, prompts, mode, cross_end, self_end, words, word_ends, renorm, style_alpha, self_tokens
+        cls, model, prompts, mode, cross_end, self_end, words, word_ends, renorm, style_alpha, self_tokens,
+        start_percent=0.0,
     ) -> io.NodeOutput:
         return patched(model, PromptToPrompt(
             edit=prompts, mode=mode, alpha=style_alpha, renorm=renorm, cross_end=cross_end, self_end=self_end,
             self_tokens=self_tokens, words=numbered("words", words), ends=numbered("word_ends", word_ends),
+            start=start_percent,
         ))  # fmt: skip
 
 
@@ -141,18 +148,25 @@ class RudderLocalBlend(io.ComfyNode):
                     "SD1.5 at 512x512); SDXL at 1024x1024 needs 1024. Not used on transformers.",
                 ),
                 blocks_input(
-                    "Which blocks are read, as Inspect Attention lists them. Empty: all that are small enough. "
-                    "Transformers (Flux, SD3) need a few named ones, such as 'double.8-12'.",
+                    "Which blocks are read, as Inspect Attention lists them. Empty: all that are small enough; on "
+                    "transformers (Flux, SD3) eight, spread over the depth.",
+                ),
+                share_input(
+                    "end_percent", 1.0,
+                    "Until when the rest is kept, a share of the model's timesteps. Earlier than 1 lets the last steps "
+                    "smooth seams, and then the rest is no longer the source's to the last bit.", advanced=True,
                 ),
             ],
             outputs=[model_output()],
         )
 
     @classmethod
-    def execute(cls, model, prompts, words, threshold, start_percent, tokens, blocks) -> io.NodeOutput:
+    def execute(
+        cls, model, prompts, words, threshold, start_percent, tokens, blocks, end_percent=1.0
+    ) -> io.NodeOutput:
         return patched(model, LocalBlend(
             edit=prompts, words=phrases(words), threshold=threshold, blend_start=start_percent, tokens=tokens,
-            blocks=blocks,
+            blocks=blocks, end=end_percent,
         ))  # fmt: skip
 
 

@@ -57,7 +57,7 @@ class RudderMasaCtrl(io.ComfyNode):
                 io.String.Input(
                     "words", default="", advanced=True,
                     tooltip="Masks from words instead: what the source and each edit call the foreground, 'cat, lion'. "
-                    "Where it is, is read from attention. SD1.5, SDXL, Wan only. Empty: no such masks.",
+                    "Where it is, is read from attention. Empty: no such masks.",
                 ),
                 named_blocks("by start_depth"),
                 share_input(

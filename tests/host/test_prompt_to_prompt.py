@@ -172,6 +172,23 @@ def test_a_local_blend_keeps_the_rest_to_the_last_bit(family, network):
     assert torch.equal(wide, run(network, family, positive))
 
 
+def test_a_blend_reads_a_transformer_where_it_is_not_told(family, network):
+    positive, prompts = batch(SOURCE, CAT, WET)
+    found, told = (run(network, family, positive, LocalBlend(edit=prompts, blocks=blocks, threshold=0.9999))
+                   for blocks in ("", "all"))  # so few blocks are all read
+    assert torch.equal(found, told) and not torch.equal(found, run(network, family, positive))
+
+
+def test_windows_begin_and_end(family, network):
+    positive, prompts = batch(SOURCE, CAT, WET)
+    plain = run(network, family, positive)
+    half = run(network, family, positive, LocalBlend(edit=prompts, threshold=1.0, end=0.5))
+    assert not torch.equal(half, plain) and not torch.equal(half[1:], half[:1].expand_as(half[1:]))
+    late = run(network, family, positive, p2p(prompts, self_end=0.8, start=0.3))
+    assert not torch.equal(late, run(network, family, positive, p2p(prompts, self_end=0.8))) and torch.equal(
+        late[0], plain[0])
+
+
 def test_it_goes_with_other_methods(family, network):
     positive, prompts = batch(SOURCE, CAT)
     worse = PerturbedAttention(strength=2.0, blocks="middle" if family == "unet" else "")
@@ -212,8 +229,6 @@ def test_what_cannot_act_says_so(family, network):
         assert run(network, family, positive, p2p(unknown)).isfinite().all()
         with pytest.raises(GuidanceError, match="no attention to words to take over"):
             run(network, family, positive, p2p(prompts, self_end=0.0))
-        with pytest.raises(GuidanceError, match="name a few blocks"):
-            run(network, family, positive, LocalBlend(edit=prompts))
 
 
 def test_the_nodes_read_words_and_numbers():

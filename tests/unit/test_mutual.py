@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from rudder.attention.contract import Call
 from rudder.attention.foreground import Masked, Masks
+from rudder.attention.local_blend import WordMaps
 from rudder.attention.mutual import FLUX_CONTENT, Mutual
 from rudder.attention.sites import Site, numbered
 from rudder.attention.word_masks import WordMasks
@@ -191,3 +192,30 @@ def test_masks_of_whole_pictures_are_not_squeezed_into_an_area():
 def test_the_blocks_that_word_masks_read_are_the_papers():
     read = [name.removesuffix(".0") for name in acting(WordMasks(tokens=[[1], [1]]), sd15())]
     assert read == ["input.7", "input.8", "output.3", "output.4", "output.5"], "16 x 16 of SD1.5"
+
+
+@pytest.mark.parametrize("edit", [WordMasks(tokens=[[1], [1]]), WordMaps()], ids=["masks", "maps"])
+def test_a_few_blocks_of_a_transformer_are_read(edit):
+    flux = numbered(Site(f"double.{i}" if i < 19 else f"single.{i - 19}", "joint") for i in range(57))
+    read = [i for i, site in enumerate(flux) if edit.acts_at(site)]
+    assert read == [0, 8, 16, 24, 32, 40, 48, 56]
+    small = numbered(Site(f"joint.{i}", "joint") for i in range(5))
+    assert acting(edit, small) == [site.name for site in small] and edit.acts_at(Site("joint.0", "joint"))
+    assert acting(replace(edit, blocks="double.3-4"), flux) == ["double.3", "double.4"], "named ones count alone"
+
+
+def test_word_masks_read_the_text_of_a_joint_call():
+    """The same pictures and words, with the text's tokens before the picture's, tell the same places."""
+    q = torch.zeros(2, 2, N + 3, 8, dtype=torch.float64)
+    k = torch.zeros_like(q)
+    k[:, :, 1, 0] = 40.0  # the second of three text tokens
+    q[0, :, 3 : 3 + 4, 0], q[1, :, 3 + 12 :, 0] = 1.0, 1.0  # the first row of the grid; the last
+    site = Site("joint.0", "joint", 0, 1, GRID, slice(0, 3), slice(3, None))
+    now, later = step(0), step(1)
+    later.states = now.states
+    edit = WordMasks(tokens=[[1], [1]])
+    edit.output(replace(made(samples=2), q=q, k=k, v=k, site=site, step=now, roles=("cond",)), lambda: q)
+    masks = edit.masks(later)
+    expected = torch.zeros(2, 4, 4)
+    expected[0, 0], expected[1, 3] = 1.0, 1.0
+    assert torch.equal(torch.cat([masks.source, masks.edits]), expected)

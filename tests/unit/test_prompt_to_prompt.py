@@ -213,6 +213,7 @@ DOG = edit("a dog ran", "a cat ran", "a wet dog ran")
     ({"renorm": "l2"}, "renorm"), ({"words": (("cat", 3.0),)}, "weight of 'cat' is 3"),
     ({"words": (("bird", 1.5),)}, "no prompt says 'bird'"), ({"ends": (("bird", 0.5),)}, "no prompt says 'bird'"),
     ({"ends": (("cat", 2.0),)}, "word_ends, 'cat' is 2"),
+    ({"start": 0.9}, "start_percent is 0.9 and everything ends before"),
 ])
 def test_bad_settings_are_refused(options, message):
     with pytest.raises(GuidanceError, match=message):
