@@ -13,6 +13,8 @@ TABLES = {
     "guidance": ("guidance", "every guidance method over cfg 1 to 15: accuracy, saturation, distance, diversity, cost"),
     "exact": ("exact", "distance of every method to the true law, in worlds that are known in closed form"),
     "edit": ("edit", "editing by attention: is the edit made, and does the rest stay"),
+    "variations": ("variations", "variations of a picture: do they share its look"),
+    "sizes": ("sizes", "pictures of another size than the model was trained on"),
     "blocks": ("blocks", "which attention block finds words, and what PAG and SEG do in each"),
     "cost": ("cost", "time of a step of every method against one batched evaluation of the same conds"),
     "memory": ("memory", "memory of editing by attention in networks of full size, by shapes alone"),

@@ -190,9 +190,9 @@ ROWS: dict[str, Row] = {
 ELSEWHERE = {
     "CFG": "the sampler's own cfg is the row CFG", "Trace": "it changes nothing",
     "InstructGuidance": "it needs a model that takes an image",
-    "AttentionEntropy": "it is for pictures of another size than the model was trained on",
+    "AttentionEntropy": "it is for pictures of another size than the model was trained on: `bench sizes`",
     **dict.fromkeys(("PromptToPrompt", "LocalBlend", "MasaCtrl", "PlugAndPlay"), "it edits: `bench edit`"),
-    "RIVAL": "it varies a picture of the same batch",
+    "RIVAL": "it varies a picture of the same batch: `bench variations`",
 }  # fmt: skip
 SATURATION = ("apg", "cfg-zero", "tcfg")  # expected nearer the data than CFG at high cfg
 SAVING = ("adaptive", "adaptive-late")  # the paper's setting, and the node's own: see RudderAdaptiveGuidance.md
