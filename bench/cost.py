@@ -110,7 +110,7 @@ class Row:
     ``sampler``: a SAMPLER of ours in euler's place. ``joint``: further evaluations on joint attention (Flux).
     ``own``: ComfyUI's own node on the MODEL instead, at its own defaults; ``like``: the name of our row that it does
     the work of, '' while there is none.
-    ``edits``: the methods of a batch of a source and its edits, from its prompts and the blocks to read words in.
+    ``edits``: the methods of a batch of a source and its edits, from its prompts.
     """
 
     name: str
@@ -121,7 +121,7 @@ class Row:
     like: str = ""
     sampler: Any = None
     joint: int = 0
-    edits: Callable[[EditPrompts, str], tuple[Guidance, ...]] | None = None
+    edits: Callable[[EditPrompts], tuple[Guidance, ...]] | None = None
 
     @property
     def aim(self) -> float:
@@ -175,12 +175,12 @@ ROWS = (
     Row("Low Guidance Sampler (CFG++), dpm++ 2m", lambda a: (), lambda s: 2, sampler=cfg_pp(CFGPP(solver="dpm++ 2m"))),
     Row("Reflection Sampler (W2SD), weak side at cfg 1", lambda a: (), lambda s: 5 if s > LAST else 2, (1, 2),
         sampler=w2sd(W2SD())),
-    Row("Source and Edits alone", edits=lambda e, blocks: ()),
-    Row("Edit by Words (Prompt-to-Prompt)", edits=lambda e, blocks: (PromptToPrompt(edit=e),)),
-    Row("Keep the Rest (Local Blend)", edits=lambda e, blocks: (LocalBlend(edit=e, blocks=blocks),)),
-    Row("Move and Pose (MasaCtrl)", edits=lambda e, blocks: (MasaCtrl(),)),
-    Row("Same Layout, New Look (Plug-and-Play)", edits=lambda e, blocks: (PlugAndPlay(),)),
-    Row("Variations of a Picture (RIVAL)", edits=lambda e, blocks: (RIVAL(),)),
+    Row("Source and Edits alone", edits=lambda e: ()),
+    Row("Edit by Words (Prompt-to-Prompt)", edits=lambda e: (PromptToPrompt(edit=e),)),
+    Row("Keep the Rest (Local Blend)", edits=lambda e: (LocalBlend(edit=e),)),
+    Row("Move and Pose (MasaCtrl)", edits=lambda e: (MasaCtrl(),)),
+    Row("Same Layout, New Look (Plug-and-Play)", edits=lambda e: (PlugAndPlay(),)),
+    Row("Variations of a Picture (RIVAL)", edits=lambda e: (RIVAL(),)),
     Row("KSampler, trace on", lambda a: (Trace(recorder=Recorder()),), lambda s: 2),
     Row("Rare Concept Blend (AAPB), trace on", lambda a: (AAPB(anchor=a), Trace(recorder=Recorder())), lambda s: 3),
 )  # fmt: skip
@@ -226,8 +226,8 @@ def random_model(unet: dict) -> tuple[Any, Conds, Words]:
     return model, {role: [[tensor, {"pooled_output": tensor[:, 0]}]] for role, tensor in features.items()}, words
 
 
-def patched(model: Any, row: Row, conds: Conds, edit: EditPrompts, joint: bool) -> Any:
-    made = row.edits(edit, "double" if joint else "") if row.edits else row.methods(Prompt(conds["anchor"], "anchor"))
+def patched(model: Any, row: Row, conds: Conds, edit: EditPrompts) -> Any:
+    made = row.edits(edit) if row.edits else row.methods(Prompt(conds["anchor"], "anchor"))
     for method in made:
         model = add_guidance(model, method)
     return row.own(model) if row.own else model
@@ -332,7 +332,7 @@ def measure(
     runs = {}  # what is sampled for each row: MODEL, prompts, batch, steps, side of the latent
     for row in ROWS:
         its = (conds | {"positive": positive}, max(batch, 2)) if row.edits else (conds, batch)
-        runs[row] = (patched(model, row, conds, edit, joint), *its, steps, size)
+        runs[row] = (patched(model, row, conds, edit), *its, steps, size)
     why = {row.name: refusal(run[0], model, *run[1:]) for row, run in runs.items() if row.own}
     runs = {row: run for row, run in runs.items() if not why.get(row.name)}
     sigmas = levels(model, steps)[:-1]

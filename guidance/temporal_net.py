@@ -63,8 +63,12 @@ class TimePredictor:
 
     def read(self, x: Tensor) -> Tensor:
         """The expected place of latents, ``[B]``."""
-        probabilities = self.logits(x).softmax(1)
-        return probabilities @ torch.linspace(0, 1, probabilities.shape[1], device=x.device)
+        return expected(self.logits(x))
+
+
+def expected(logits: Tensor) -> Tensor:
+    """The mean place of logits ``[B, bins]``."""
+    return logits.softmax(1) @ torch.linspace(0, 1, logits.shape[1], device=logits.device)
 
 
 def log_probability(logits: Tensor, places: Tensor) -> Tensor:
@@ -79,6 +83,6 @@ def alignment(predictor: TimePredictor, x: Tensor, places: Tensor) -> tuple[Tens
     """grad_x log p(place | x) at unit-variance latents, and the place that the predictor reads, ``[B]``."""
     with torch.inference_mode(False), torch.enable_grad():  # the host samples in inference mode
         x = x.detach().clone().float().requires_grad_()
-        value = log_probability(predictor.logits(x), places.clone().float())
-        gradient, = torch.autograd.grad(value.sum(), x)
-    return gradient, predictor.read(x.detach())
+        logits = predictor.logits(x)
+        gradient, = torch.autograd.grad(log_probability(logits, places.clone().float()).sum(), x)
+    return gradient, expected(logits.detach())

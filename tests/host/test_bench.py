@@ -88,7 +88,7 @@ def test_every_method_of_the_pack_has_a_row():
     pack = {c.__name__ for c in classes if issubclass(c, Guidance) and c is not Guidance and c.title}
     rows = {type(m).__name__ for row in cost.ROWS for m in row.methods(Prompt([], "anchor"))}
     edit = EditPrompts(("heart", "star"), tuple((Tokens("CLIP", (word,), (0,)),) for word in ("heart", "star")))
-    rows |= {type(m).__name__ for row in cost.ROWS if row.edits for m in row.edits(edit, "")}
+    rows |= {type(m).__name__ for row in cost.ROWS if row.edits for m in row.edits(edit)}
     assert rows | set(cost.ELSEWHERE) == pack and not rows & set(cost.ELSEWHERE)
     given = guidance.Given(Prompt([], "anchor"), Parametrisation.EPS, 7.5)
     rows = {type(m).__name__ for row in guidance.ROWS.values() for m in row.make(given)} - {"AsUncond"}
@@ -703,10 +703,11 @@ def test_the_blocks_table(demo_files, stand_in, tmp_path, monkeypatch):
     table = blocks.main(options)
     assert not any("not painted yet" in note for note in table.notes)
     of = {model: [row for row in table.rows if row["model"] == f"shapes-{model}"] for model in demo_files}
-    assert {row["kinds"] for row in of["flux"]} == {"joint"}
-    assert {"self, cross"} == {row["kinds"] for row in of["unet"]}
+    *blocks_of_flux, unnamed = of["flux"]
+    assert {row["kinds"] for row in blocks_of_flux} == {"joint"} and unnamed["block"] == blocks.UNNAMED
+    assert {"self, cross"} == {row["kinds"] for row in of["unet"][:-1]}
     for row in table.rows:
-        assert "pag3 right" in row and "pag3 frechet" in row
+        assert ("pag3 right" in row) == ("pag3 frechet" in row) == (row["block"] != blocks.UNNAMED)
         assert all(0 <= row[word].low <= row[word].value <= row[word].high <= 1 for word in blocks.WORDS if word in row)
     assert blocks.main(replace(options, until=0.0)).rows == table.rows
 
