@@ -11,6 +11,7 @@ to keep. Every method runs at its paper's defaults; the first row is the edited 
 from __future__ import annotations
 
 import hashlib
+import time
 import zlib
 from collections.abc import Callable, Sequence
 from copy import copy
@@ -32,7 +33,7 @@ from rudder.guidance.prompt_to_prompt import PromptToPrompt
 from rudder.guidance.space import Parametrisation
 from rudder.host.words import encoded
 
-from . import Options, Table, cells, edits, measures
+from . import Options, Table, cells, editplots, edits, measures
 from .cells import Job, Store
 from .edits import Edit, Source
 from .generate import Methods, files
@@ -190,7 +191,8 @@ class Made:
     structure: float
     seconds: float
     evaluations: float
-    pictures: np.ndarray | None = None  # source and edit, uint8 [2, 64, 64, 3], where they are still there
+    job: Job
+    place: int  # among the pictures of its family, whose source is the first
 
 
 NUMBERS = ("changed", "psnr", "structure", "seconds", "evaluations")
@@ -238,10 +240,18 @@ def made_of(todo: cells.Todo, judge: Any) -> list[Made]:
 
     row, out = store.row(todo.key, seen), []
     for k, i, success, *numbers in zip(row["family"], row["place"], row["right"], *(row[name] for name in NUMBERS)):
-        family = some[k]
-        strip = None if store.missing([family.job()]) else store.batch(family.job())[0][[0, i]]
-        out.append(Made(family.source.edits[i - 1], family.source.text, success, *numbers, strip))
+        source = some[k].source
+        out.append(Made(source.edits[i - 1], source.text, success, *numbers, todo.jobs[k], i))
     return out
+
+
+def pictures(store: Store, made: Made, until: float) -> np.ndarray | None:
+    """Source and edit, uint8 ``[2, 64, 64, 3]``, painted again where they are gone and there is time, else None."""
+    if store.missing([made.job]):
+        if time.monotonic() >= until:
+            return None
+        store.paint(made.job)
+    return store.batch(made.job)[0][[0, made.place]]
 
 
 # ---------------------------------------------------------------- the table
@@ -300,12 +310,13 @@ def main(options: Options) -> Table:
                     of = [one for one in made if kind in ("all", one.edit.kind)]
                     plain = [one for one in found.get(PLAIN, ()) if kind in ("all", one.edit.kind)]
                     rows += [row(name, kind, key, of, plain, peaks[key])] if of else []
-            sheets |= {f"{name}-{which}": (found, which) for which in ("median", "worst")}
+            sheets |= {f"{name}-{which}": editplots.cases(found, which, partial(pictures, store, until=options.until))
+                       for which in ("median", "worst")}
         older = [line for store in stores for line in store.older]
     return table(rows, sheets, options, n, left_out, missing, older)
 
 
-def table(rows: list[dict], sheets: dict, options: Options, n: int, left_out: dict[str, int], missing: int,
+def table(rows: list[dict], sheets: dict[str, Any], options: Options, n: int, left_out: dict[str, int], missing: int,
           older: Sequence[str] = ()) -> Table:
     notes = [
         f"{n} sources of the list {edits.digest()} and their edits, the same seeds for every method. Success: all that "
@@ -322,7 +333,5 @@ def table(rows: list[dict], sheets: dict, options: Options, n: int, left_out: di
     if missing:
         notes.append(f"{missing} rows are not painted yet: run the command again.")
     out = Table("edit", "Editing by attention", COLUMNS, rows, notes)
-    from .editplots import all_plots
-
-    out.plots = all_plots(sheets, rows)
+    out.plots = editplots.all_plots(sheets, rows)
     return out

@@ -41,19 +41,20 @@ def trade(rows: list[dict]) -> Figure | None:
 
 
 def case(made: list[Made], which: str) -> Made | None:
-    """The edit with the median or the lowest PSNR, of those whose pictures are there."""
-    order = sorted((one for one in made if one.psnr == one.psnr and one.pictures is not None), key=lambda one: one.psnr)
+    """The edit with the median or the lowest PSNR."""
+    order = sorted((one for one in made if one.psnr == one.psnr), key=lambda one: one.psnr)
     return order[len(order) // 2 if which == "median" else 0] if order else None
 
 
-def cases(found: dict[str, list[Made]], which: str) -> Figure | None:
-    """Rows are methods, columns kinds; each cell is a source and its edit."""
+def cases(found: dict[str, list[Made]], which: str, pictures: Callable[[Made], np.ndarray | None]) -> Figure | None:
+    """Rows are methods, columns kinds; each cell is a source and its edit. None when a picture is missing: the sheet of
+    an earlier run is better than a part of one."""
     from .edit import ROWS
 
     cells = {key: [case([one for one in made if one.edit.kind == kind], which) for kind in edits.KINDS]
              for key, made in found.items()}
-    cells = {key: row for key, row in cells.items() if any(row)}
-    if not cells:
+    shown = {id(one): pictures(one) for row in cells.values() for one in row if one}
+    if not shown or any(picture is None for picture in shown.values()):
         return None
     figure = Figure(figsize=(2.6 * len(edits.KINDS), 2.1 * len(cells) + 0.4), layout="constrained")
     axes = figure.subplots(len(cells), len(edits.KINDS), squeeze=False)
@@ -63,13 +64,13 @@ def cases(found: dict[str, list[Made]], which: str) -> Figure | None:
             if one is None:
                 axis.axis("off")
                 continue
-            axis.imshow(np.concatenate(list(one.pictures), axis=1), interpolation="nearest")
+            axis.imshow(np.concatenate(list(shown[id(one)]), axis=1), interpolation="nearest")
             axis.set_title("\n".join([kind, *textwrap.wrap(one.edit.text, 36)]), fontsize=7)
             axis.set_xlabel(f"{one.psnr:.1f} dB, {'right' if one.success else 'WRONG'}", fontsize=7)
         line[0].set_ylabel("\n".join(textwrap.wrap(ROWS[key].name, 22)), fontsize=8)
     return figure
 
 
-def all_plots(sheets: dict[str, tuple[dict[str, list[Made]], str]], rows: list[dict]) -> dict[str, Callable]:
-    figures = {"trade": trade(rows)} | {name: cases(*what) for name, what in sheets.items()}
+def all_plots(sheets: dict[str, Figure | None], rows: list[dict]) -> dict[str, Callable]:
+    figures = {"trade": trade(rows)} | sheets
     return {name: partial(figure.savefig, dpi=110) for name, figure in figures.items() if figure}
