@@ -391,6 +391,8 @@ def notes(found: Found, options: Options, n: int, stores: Sequence[Store], missi
         "where intervals decide, else undecided.",
         *fronts(found), *([] if options.quick else expectations(found)),
     ]
+    out += [f"{s.painter.name} has no row of AutoGuidance but kept ones: its worse version is in the history of the "
+            "repository, which this clone lacks." for s in stores if not possible(s, "autoguidance")]
     out += [line for store in stores for line in store.older]
     if missing:
         out.append(f"{missing} rows of pictures or worlds are not there yet: run the command again.")
