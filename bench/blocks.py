@@ -168,7 +168,6 @@ def main(options: Options) -> Table:
         *(f"{model}: CFG has {p.accuracy:.1f} % right and a Frechet distance of {p.frechet[0]:.1f}."
           for model, p in plain.items() if p),
     ]
-    if missing:
-        notes.append(f"{missing} rows are not painted yet: run the command again.")
+    notes += cells.unpainted(missing)
     return Table("blocks", "Attention blocks: where words are, and what guidance away from a block does", COLUMNS, rows,
                  notes)

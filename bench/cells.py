@@ -336,6 +336,11 @@ def done(rows: Sequence[Todo], options: Options, say: Callable = print) -> list[
     return [row for row in rows if row.done]
 
 
+def unpainted(missing: int) -> list[str]:
+    """What the notes of a table say of rows that are missing."""
+    return [f"{missing} rows are not painted yet: run the command again."] if missing else []
+
+
 def digest_of_judge() -> str:
     """Of the judge's weights and of how it reads them."""
     from rudder.demo import judge

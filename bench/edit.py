@@ -330,8 +330,7 @@ def table(rows: list[dict], sheets: dict[str, Any], options: Options, n: int, le
                   for model, count in left_out.items()) + ".",
         *older,
     ]
-    if missing:
-        notes.append(f"{missing} rows are not painted yet: run the command again.")
+    notes += cells.unpainted(missing)
     out = Table("edit", "Editing by attention", COLUMNS, rows, notes)
     out.plots = editplots.all_plots(sheets, rows)
     return out

@@ -104,6 +104,5 @@ def main(options: Options) -> Table:
     notes = [f"Frequent combinations of RareShapes, {n} pictures a row at cfg {CFG:g}, the same prompts in every row; "
              "pictures of one size start from the same noise. Right: one object, shape and attribute, read by the "
              "judge in the picture brought to 64x64 pixels. Intervals: 95 % bootstrap, clustered by prompt.", *older]
-    if missing:
-        notes.append(f"{missing} rows are not painted yet: run the command again.")
+    notes += cells.unpainted(missing)
     return Table("sizes", "Pictures of another size than the model was trained on", COLUMNS, rows, notes)

@@ -154,6 +154,5 @@ def main(options: Options) -> Table:
     notes = [f"{n} sources, {COPIES} variations each, of prompts that say shape and attribute alone. Right: both and "
              "one object, as the judge reads them. Distance to the source: of the judge's features, place and size "
              "included; a copy has 0. Intervals: 95 % bootstrap, clustered by prompt.", *older]
-    if missing:
-        notes.append(f"{missing} rows are not painted yet: run the command again.")
+    notes += cells.unpainted(missing)
     return Table("variations", "Variations of a picture", COLUMNS, rows, notes)

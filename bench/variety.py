@@ -16,7 +16,7 @@ from .rareshapes import RarePrompt
 
 EACH = 4  # pictures of a prompt
 ALL_WEIGHTS = (PLAIN, "interval")
-AT = 7.5  # the others' weight
+AT = CFGS[0]  # the others' weight
 COLUMNS = {"model": ("model", ""), "method": ("method", ""), "cfg": ("cfg", "g"), "n": ("pictures", "d"),
            "diversity": ("diversity", ".3f"), "more diverse": ("above CFG's", "+.3f"),
            "accuracy": ("right, %", ".1f"), "more right": ("above CFG, points", "+.1f"),

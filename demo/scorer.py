@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -46,7 +47,10 @@ class JudgeScorer:
     decode: Callable[[Tensor], Tensor]
     captions: tuple[str, ...]
 
+    @cached_property
+    def truths(self) -> list[dict]:
+        return [words.parse(caption) for caption in self.captions]
+
     def __call__(self, x0: Tensor, step: object) -> Tensor:
-        reading = self.judge(self.decode(x0))
-        truths = [words.parse(caption) for caption in self.captions]
+        reading, truths = self.judge(self.decode(x0)), self.truths
         return torch.stack([log_probability(reading, i, truths[i % len(truths)]) for i in range(len(reading))])

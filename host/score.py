@@ -5,17 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, linear
 
-from ..demo import words, world
-from ..demo.judge import load
-from ..demo.scorer import JudgeScorer
 from ..guidance.contract import GuidanceError, Step
 from .demo import Latents
+
+if TYPE_CHECKING:
+    from ..demo.scorer import JudgeScorer
 
 Decoder = Callable[[Tensor], Tensor]  # x0 in model space -> pictures [B, H, W, 3] in 0..1
 
@@ -123,6 +123,10 @@ def judge_scorer(caption: str, latent_format: Any, vae: Any) -> JudgeScorer:
         GuidanceError: another model's latents, or what is no caption of the world; on the first step, pictures of
             another size than the judge reads.
     """
+    from ..demo import words, world  # not at start-up: few runs have a judge
+    from ..demo.judge import load
+    from ..demo.scorer import JudgeScorer
+
     if not isinstance(latent_format, Latents):
         raise GuidanceError("The judge knows only pictures of the demo models (Load Demo Model), and 'model' is "
                             "another. Use CLIP Scorer.")
