@@ -501,7 +501,7 @@ def test_what_a_node_of_the_host_cannot_do_is_said(demo_files, quick):
     assert not any("Left out" in note for note in quick.notes)
     model, conds, words = cost.demo_model(demo_files["flux"])
     rows = {row.name.split()[-1]: row for row in cost.ROWS if row.own}
-    why = {name: cost.refusal(cost.patched(model, rows[name], conds, words(2)[1], True), model, conds, 1, 3, 16)
+    why = {name: cost.refusal(cost.patched(model, rows[name], conds, words(2)[1]), model, conds, 1, 3, 16)
            for name in ("SelfAttentionGuidance", "PerturbedAttentionGuidance", "TCFG")}
     assert why["SelfAttentionGuidance"].startswith("it fails: ") and why["TCFG"] == ""
     assert why["PerturbedAttentionGuidance"] == "it changes nothing on this model, and says nothing"
