@@ -149,10 +149,10 @@ def pool(arg: argparse.Namespace) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         file, soft = arg.out / f"pool-{i}.pt", arg.out / f"decoded-{i}.pt"
         if not file.exists():
             keep(rendered(i, FILE), file)
-        parts.append(torch.load(file))
+        parts.append(torch.load(file, weights_only=True))
         if not soft.exists():
             keep(round_trip(vae, parts[-1]["images"][:DECODED], torch.Generator().manual_seed(i), **ROUGH), soft)
-        decoded.append(torch.load(soft))
+        decoded.append(torch.load(soft, weights_only=True))
     which = torch.cat([FILE * i + torch.arange(DECODED) for i in range(arg.files)])
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}, torch.cat(decoded), which
 
@@ -185,7 +185,7 @@ def train(arg: argparse.Namespace) -> None:
     ema = {k: v.clone() for k, v in net.state_dict().items()}
     step, before, log, path = 0, 0.0, [], arg.out / "judge.pt"
     if path.exists():
-        saved = torch.load(path)
+        saved = torch.load(path, weights_only=True)
         net.load_state_dict(saved["net"])
         adam.load_state_dict(saved["adam"])
         ema, step, before, log = saved["ema"], saved["step"], saved["seconds"], saved["log"]

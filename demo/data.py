@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, required=True)
     arg = parser.parse_args()
+    arg.out.mkdir(parents=True, exist_ok=True)
     in_parallel(work, arg.processes, arg)
 
 

@@ -45,7 +45,7 @@ def work(rank: int, processes: int, arg: argparse.Namespace) -> None:
     if arg.start:
         adopt(vae, arg.start, "vae.")
     if (arg.out / "vae.pt").exists():  # go on from there
-        vae.load_state_dict(torch.load(arg.out / "vae.pt")["state"])
+        vae.load_state_dict(torch.load(arg.out / "vae.pt", weights_only=True)["state"])
     torch.manual_seed(arg.seed + 1 + rank)  # same weights, different pictures
     data, _ = rendered(arg.seed + 10 + rank, arg.pictures)
     parameters = list(vae.parameters())

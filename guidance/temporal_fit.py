@@ -17,7 +17,7 @@ from torch import Tensor
 from .space import expand
 from .temporal_net import TimePredictor, log_probability
 
-BINS, WIDTHS = 64, (32, 48, 64)
+BINS, WIDTHS = 64, (32, 64)
 
 
 def fresh(channels: int, generator: torch.Generator, bins: int = BINS, widths: tuple[int, ...] = WIDTHS) -> dict:

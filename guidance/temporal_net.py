@@ -28,7 +28,7 @@ def place(sigma: Tensor, kind: Parametrisation) -> tuple[Tensor, Tensor]:
 @dataclass(frozen=True, eq=False)
 class TimePredictor:
     """A small convolutional net that tells the noise level of a latent; all about it is in ``weights``:
-    ``conv<i>.weight [out, in, 3, 3]`` (all but the first with stride 2), ``out.weight [bins, 2 channels]``, biases."""
+    ``conv<i>.weight [out, in, 3, 3]`` with stride 2, ``out.weight [bins, 2 channels]``, biases."""
 
     weights: Mapping[str, Tensor]
 
@@ -56,8 +56,8 @@ class TimePredictor:
     def logits(self, x: Tensor) -> Tensor:
         """Of every bin, ``[B, bins]``, from unit-variance latents ``[B, C, (T,) H, W]``; bins are even places."""
         h = x if x.ndim == 4 else x.movedim(2, 1).flatten(0, 1)
-        for i, layer in enumerate(self.convs):
-            h = F.silu(F.conv2d(h, self.weights[f"{layer}.weight"], self.weights[f"{layer}.bias"], 1 + (i > 0), 1))
+        for layer in self.convs:
+            h = F.silu(F.conv2d(h, self.weights[f"{layer}.weight"], self.weights[f"{layer}.bias"], 2, 1))
         pooled = torch.cat((h.mean((2, 3)), h.square().mean((2, 3))), 1).unflatten(0, (len(x), -1)).mean(1)
         return F.linear(pooled, self.weights["out.weight"], self.weights["out.bias"])
 
