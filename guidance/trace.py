@@ -43,6 +43,7 @@ QUANTITIES = {
     "tangential": "share of the tangential part (TAG)",
     "chosen_weight": "guidance weight that scored best (dynamic CFG)",
     "time_gap": "noise level that the predictor sees less the sampler's, as shares of a quarter turn (temporal TAG)",
+    "changed_area": "share of the picture that may change (Local Blend)",
     "shift": "length of the shift over that of x (temporal TAG)",
     "change_norm": "norm of what the methods changed in the conditional prediction",
     "cond_norm": "norm of the conditional prediction",

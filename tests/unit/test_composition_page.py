@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import permutations
+
+from rudder.bench import ROOT
 from rudder.bench.composition import PAGE, classes, order, page, refusal, stages, undecided
 
 
@@ -35,3 +38,13 @@ def test_pairs_are_told_as_they_run():
     for first in kinds.values():
         for second in kinds.values():
             assert bool(refusal(first, second)) == bool(refusal(second, first)) == bool(first.claims & second.claims)
+
+
+def test_help_pages_name_what_a_node_excludes():
+    texts = [file.read_text(encoding="utf-8").replace("\\*", "*") for file in (ROOT / "web" / "docs").glob("*.md")]
+    pages = {text.splitlines()[0].removeprefix("# "): text for text in texts}
+    kinds = [kind for kind in classes() if kind.title in pages]  # C-TAG and LinearAG are modes of another's node
+    assert len(classes()) - len(kinds) == 2
+    missing = [f"{a.title}: {b.title}" for a, b in permutations(kinds, 2)
+               if refusal(a, b) and f"**{b.title}**" not in pages[a.title]]
+    assert not missing
