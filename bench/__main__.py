@@ -6,7 +6,7 @@ import math
 import time
 from pathlib import Path
 
-from . import RESULTS, Options, facts, prepare
+from . import RESULTS, Options, facts, pages, prepare
 
 TABLES = {
     "rare": ("rare", "RareShapes: how often rare combinations come out right, by method, model and anchor"),
@@ -71,6 +71,8 @@ def main() -> None:
     if folder:
         table.save(folder)
         print(f"saved in {folder}")
+    if folder == RESULTS:
+        pages.write()
 
 
 if __name__ == "__main__":
