@@ -47,7 +47,7 @@ class CFGZero(Guidance):
             raise GuidanceError(f"{self.title}: zero_init_steps is {self.zero_steps}; use 0 for none, 1 as the paper.")
 
     def check(self, setup: Setup) -> None:
-        if self.zero_steps >= len(setup.weights):
+        if all(map(self.zeroed, setup.steps)):
             raise GuidanceError(
                 f"{self.title}: zero_init_steps is {self.zero_steps} in a run of {len(setup.weights)} steps, so the "
                 "model would never act. Use 1, or 0 in very short runs."

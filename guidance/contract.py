@@ -125,15 +125,21 @@ class Predictions:
     """The x0 predictions of a step, each ``[B, C, H, W]`` or ``[B, C, T, H, W]``, float32, model space.
 
     ``uncond`` is None when the weight is 1 and nothing else needs it. Where an extra branch has no say (outside its
-    area, mask or timestep range) it equals ``cond``.
+    area, mask or timestep range) it equals ``cond``; ``silent`` tells where, True there, for branches of which the
+    conditioning has any of these.
     """
 
     cond: Tensor
     uncond: Tensor | None
     extra: Mapping[Branch, Tensor] = field(default_factory=dict)
+    silent: Mapping[Branch, Tensor] = field(default_factory=dict)
 
     def __getitem__(self, branch: Branch) -> Tensor:
         return self.extra[branch]
+
+    def said(self, branch: Branch, push: Tensor) -> Tensor:
+        """``push`` with 0 where ``branch`` has no say: for what is measured from anything but ``cond``."""
+        return torch.where(self.silent[branch], 0, push) if branch in self.silent else push
 
     def replace(self, **changes: Tensor) -> Predictions:
         return replace(self, **changes)
@@ -198,7 +204,7 @@ class Step:
 
     def within(self, start: float, end: float) -> bool:
         """Whether sigma lies in the window of timestep percents, both ends included, as the host's own ranges."""
-        return self.percent_to_sigma(end) <= self.level <= self.percent_to_sigma(start)
+        return self.percent_to_sigma(end) <= self.level and not self.before(start)
 
     def before(self, percent: float) -> bool:
         """Whether sigma is still above that of the timestep percent: never for 0, always for 1."""

@@ -66,6 +66,6 @@ class InstructGuidance(Guidance):
     def term(self, step: Step, preds: Predictions) -> Tensor | None:
         if self.weight == 1.0:
             return None
-        push = step.plain.uncond - preds[self.branch]
+        push = preds.said(self.branch, step.plain.uncond - preds[self.branch])
         step.log(image_cosine=cosine(push, step.plain.cond - step.plain.uncond))
         return (self.weight - 1) * push

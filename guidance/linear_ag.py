@@ -46,7 +46,9 @@ class LinearAG(Guidance):
 
     def check(self, setup: Setup) -> None:
         require_guidance(self.title, setup, "they already take one evaluation a step; remove the node.")
-        if self.coefficients is not None and any(weight == 1.0 for weight in setup.weights[:: self.every]):
+        acting = [step.within(self.start, self.end) for step in setup.steps]
+        needed = [weight for weight, acts in zip(setup.weights, acting) if acts][:: self.every]
+        if self.coefficients is not None and 1.0 in needed:
             raise GuidanceError(
                 f"{self.title}: its coefficients need the negative of every {self.every}. step, and another node "
                 "turns guidance off in some of them (an interval, a schedule, zero-init). Run it without coefficients."
@@ -60,8 +62,8 @@ class LinearAG(Guidance):
         if found is None:
             raise GuidanceError(
                 f"{self.title}: its coefficients were fitted for {len(self.coefficients.sigmas)} steps at other noise "
-                f"levels than this run's; {step.level:.4g} is not among them. Fit them with the sampler's own steps, "
-                "scheduler and denoise and a sampler of one evaluation a step, or run without coefficients."
+                f"levels than this run's; {step.level:.4g} is not among them. Fit them with the sampler's own steps "
+                "and scheduler and a sampler of one evaluation a step, or run without coefficients."
             )
         return found
 

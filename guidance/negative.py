@@ -62,6 +62,6 @@ class ExtraNegative(Guidance):
     def term(self, step: Step, preds: Predictions) -> Tensor | None:
         if not self.weight or step.weight == 1.0 or preds.uncond is None:
             return None
-        push = preds[self.negative] - preds.uncond
+        push = preds.said(self.negative, preds[self.negative] - preds.uncond)
         step.log(overlap=cosine(push, preds.cond - preds.uncond))
         return -self.weight * step.guided_only(push)

@@ -49,9 +49,13 @@ class PerpNeg(Guidance):
     def branches(self, step: Step) -> Sequence[Branch]:
         return [prompt for prompt, a in zip(self.negatives, self.weights) if a] if step.weight != 1.0 else ()
 
+    def push(self, preds: Predictions, prompt: Prompt) -> Tensor:
+        """n_i, 0 where that negative has no say."""
+        return preds.said(prompt, preds[prompt] - preds.uncond)
+
     def away(self, preds: Predictions, push: Tensor) -> Tensor:
-        """sum_i a_i n_i', the part that is subtracted from the push."""
-        pushes = [a * perpendicular(preds[prompt] - preds.uncond, push)
+        """sum_i a_i n_i', the part that is subtracted from the push, each by its projections where it has a say."""
+        pushes = [a * perpendicular(self.push(preds, prompt), preds.said(prompt, push))
                   for prompt, a in zip(self.negatives, self.weights) if a]
         return torch.stack(pushes).sum(0) if pushes else torch.zeros_like(push)
 
@@ -59,6 +63,6 @@ class PerpNeg(Guidance):
         if step.weight == 1.0 or not any(self.weights):
             return delta
         first = next(prompt for prompt, a in zip(self.negatives, self.weights) if a)
-        step.log(overlap=cosine(step.preds[first] - step.preds.uncond, delta))
+        step.log(overlap=cosine(self.push(step.preds, first), step.preds.said(first, delta)))
         # D = D_u + w (p - q) is D_c + (w - 1) (p - w / (w - 1) q)
         return delta - step.weight / (step.weight - 1) * self.away(step.preds, delta)

@@ -34,7 +34,8 @@ SHAPES = ("triangle", "cosine", "beta", "interval", "step", "curve")
 class Schedule(Guidance):
     """Multiply the push, weight - 1, by a curve over the run. 2 evaluations a step, 1 where the curve is 0.
 
-    ``first`` and ``last`` are the curve's start and end; ``low`` its factor outside and at the feet, 0 .. 1.
+    ``first`` and ``last`` are the curve's start and end ("step" ignores the second, "curve" both); ``low`` its factor
+    outside and at the feet, 0 .. 1.
     """
 
     shape: str = "triangle"
@@ -54,7 +55,7 @@ class Schedule(Guidance):
         if self.shape not in SHAPES or (self.shape == "curve") != bool(self.points):
             raise GuidanceError(f"{TITLE}: the shape is '{self.shape}'; use one of {', '.join(SHAPES)}, a curve with "
                                 "points.")
-        if not 0.0 <= self.first < self.last <= 1.0:
+        if self.shape not in ("step", "curve") and not 0.0 <= self.first < self.last <= 1.0:
             raise GuidanceError(
                 f"{TITLE}: start {self.first:g} and end {self.last:g} must satisfy 0 <= start < end <= 1."
             )
@@ -68,9 +69,11 @@ class Schedule(Guidance):
         """f(t), before the average is restored."""
         if self.shape == "curve":
             return interpolate(self.points, t)
-        u = (t - self.first) / (self.last - self.first)
-        if u < 0 or (u > 1 and self.shape != "step"):
+        if self.shape == "step":
+            return self.low if t < self.first else 1.0
+        if not self.first <= t <= self.last:
             return self.low
+        u = (t - self.first) / (self.last - self.first)
         shapes = {"triangle": 2 - 2 * abs(2 * u - 1), "cosine": 1 - math.cos(2 * math.pi * u)}
         shape = beta_density(u, self.alpha, self.beta) if self.shape == "beta" else shapes.get(self.shape, 1.0)
         return self.low + (1 - self.low) * shape

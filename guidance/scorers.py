@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .contract import GuidanceError, Step
-from .space import TINY, norm
+from .space import TINY, dot, norm
 
 
 def spread(x0: Tensor) -> Tensor:
@@ -25,8 +25,8 @@ def spread(x0: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Overshoot:
-    """More push is better as long as the spread is at most ``limit`` times that of the conditional prediction; beyond,
-    less is better."""
+    """More push to the prompt is better as long as the spread is at most ``limit`` times that of the conditional
+    prediction; beyond, less is better."""
 
     limit: float = 1.1
 
@@ -35,6 +35,7 @@ class Overshoot:
             raise GuidanceError(f"limit is {self.limit:g}; it must be above 0: 1.1 allows ten percent more contrast.")
 
     def __call__(self, x0: Tensor, step: Step) -> Tensor:
-        cond = step.preds.cond
+        cond, push = step.preds.cond, x0 - step.preds.cond
         ratio = spread(x0) / spread(cond).clamp_min(TINY)
-        return torch.where(ratio <= self.limit, norm(x0 - cond) / norm(cond).clamp_min(TINY), -ratio)
+        gain = norm(push) / norm(cond).clamp_min(TINY) * dot(push, cond - step.preds.uncond).sign()
+        return torch.where(ratio <= self.limit, gain, -ratio)

@@ -7,8 +7,8 @@ x pulls it back. x is the variance-preserving one, abar its signal's share of th
 
 Derived here: places on a quarter turn stand for t (``temporal_net.place``), so that 1 - abar is sin^2; log p between
 two bins is interpolated; the length of the shift is limited. The model is evaluated at the shifted x. The sampler keeps
-its own x, so its estimate is moved by r / (1 - r) times the shift, r = sigma' / sigma, which for one-step solvers
-(euler, ddim) is exactly the step from the shifted x.
+its own x, so its estimate is moved by r / (1 - r) times the shift, r = sigma' / sigma, which for euler and ddim is
+exactly the step from the shifted x. Samplers that weigh the estimate more (ancestral, SDE, CFG++) are pulled further.
 """
 
 from __future__ import annotations

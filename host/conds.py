@@ -76,7 +76,10 @@ def is_empty(conds: Conds) -> bool:
 
 def mixed(mix: Mix, positive: Conds) -> Conds:
     """The positive with its features moved towards the prompt's; areas, controls and hooks stay the positive's."""
-    other = converted(mix.prompt)[0]
+    other, *more = converted(mix.prompt)
+    if more:
+        raise GuidanceError(f"The {mix.prompt.name} conditioning has {len(more) + 1} entries (combined or scheduled "
+                            "prompts), and only one can be mixed in. Give it one prompt, or use the alternate mode.")
     out = []
     for entry in positive:
         entry = {**entry, "uuid": uuid.uuid4(), "model_conds": {}}
@@ -114,6 +117,9 @@ def convert_branches(branches: Iterable[Branch], own: dict[str, Conds]) -> dict[
 def varied(variant: Variant, conds: Conds) -> Conds:
     """Copies without their image, or with the other model among those that the host loads for them."""
     out = [{**entry, "uuid": uuid.uuid4(), "model_conds": {}} for entry in conds]
+    if not out:
+        raise GuidanceError(f"The guider has no {variant.name}: use CFGGuider or KSampler with a positive and a "
+                            "negative (an empty prompt will do).")
     if not variant.image:
         if not any(IMAGES & set(entry) for entry in out):
             raise GuidanceError(

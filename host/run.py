@@ -111,9 +111,9 @@ def step_index(sigmas: Tensor, sigma: float) -> int:
     return max(reached - 1, 0)
 
 
-def covered(pred: Tensor, fallback: Tensor) -> Tensor:
-    """``pred``, with ``fallback`` where its areas, masks or ranges leave nothing: the host puts zeros there."""
-    return torch.where((pred != 0).any(dim=1, keepdim=True), pred, fallback)
+def silent(pred: Tensor) -> Tensor:
+    """``[B, 1, ...]``, True where its areas, masks or ranges leave nothing: the host puts zeros there."""
+    return (pred == 0).all(dim=1, keepdim=True)
 
 
 def asked_for(plan: Plan) -> list[Branch]:
@@ -373,10 +373,12 @@ class Run:
                  "sigma": step.sigma, "model": guider.inner_model, "model_options": options}
             )
         cond = out[0]
-        predictions = {b: covered(pred, cond) if b in self.partial else pred for b, pred in others.items()}
+        # A variant of a prompt that plays the positive is as partial as that prompt.
+        quiet = {b: silent(pred) for b, pred in others.items() if not self.partial.isdisjoint(lineage(asked[b]))}
+        predictions = {b: torch.where(quiet[b], cond, pred) if b in quiet else pred for b, pred in others.items()}
         if "cond" in sources:
             predictions[sources["cond"]] = cond
-        return Predictions(cond, out[1] if roles[1] is not None else None, predictions), roles
+        return Predictions(cond, out[1] if roles[1] is not None else None, predictions, quiet), roles
 
     def call_model(
         self, guider: samplers.CFGGuider, options: dict, x: Tensor, sigma: Tensor, roles: Sequence, fill: Sequence,
@@ -404,7 +406,7 @@ class Run:
             others = samplers.calc_cond_batch(model, more, x, sigma, options) if more else []
             out = foreign({"conds": roles, "input": x, "sigma": sigma, "model": model, "model_options": options})
         for i, fallback in zip(gaps, others[len(extra):]):
-            out[i] = covered(out[i], fallback)
+            out[i] = torch.where(silent(out[i]), fallback, out[i])
         level = float(sigma.max())
         self.evaluations += sum(conds.acts(entries, level) for entries in [*roles, *more] if entries)
         return out, others[:len(extra)]

@@ -171,7 +171,7 @@ def sample_w2sd(model: Any, x: Tensor, sigmas: Tensor, extra_args: dict, callbac
     levels = sigmas.tolist()
 
     def within(sigma: float) -> bool:
-        return low <= sigma <= high
+        return low <= sigma <= high * (1 + 1e-5)  # with room for rounding, as Step.within
 
     def solve(strong: Denoiser, weak: Denoiser) -> Tensor:
         out = method.sample(strong, weak, x, levels, within, reporter(sigmas, callback, disable))
@@ -219,7 +219,8 @@ def beside(other: samplers.CFGGuider, model: Any, extra_args: dict, sigmas: Tens
     other = copy.copy(other)  # the user's GUIDER stays as it is
     other.model_patcher = patcher
     latent = guider.inner_model.process_latent_out(model.latent_image)
-    other.sample(torch.zeros_like(x), latent, inner, sigmas, disable_pbar=True, seed=extra_args.get("seed"))
+    other.sample(torch.zeros_like(x), latent, inner, sigmas, denoise_mask=extra_args.get("denoise_mask"),
+                 disable_pbar=True, seed=extra_args.get("seed"))
     return inner.result
 
 

@@ -14,17 +14,23 @@ import comfy.controlnet
 import comfy.hooks
 import comfy.patcher_extension
 import comfy.sd
+import comfy_extras.nodes_model_advanced as sd3
 import pytest
 import torch
 
 from rudder.guidance.aapb import AAPB, optimal_gamma
 from rudder.guidance.blend import blend
 from rudder.guidance.cfg import cfg
-from rudder.guidance.contract import Prompt
+from rudder.guidance.cfg_zero import CFGZero
+from rudder.guidance.contract import GuidanceError, Prompt
+from rudder.guidance.contrast import PerturbedAttention
+from rudder.guidance.instruct import InstructGuidance
+from rudder.guidance.negative import ExtraNegative
+from rudder.guidance.perpneg import PerpNeg
 from rudder.guidance.r2f import R2F
 from rudder.host import add_guidance
 
-from .models import calls, conditioning, evaluate, having, lora, sample
+from .models import calls, conditioning, evaluate, having, lora, sample, tiny_flux
 
 WEIGHT = 4.0
 POSITIVE, NEGATIVE, ANCHOR = conditioning(1), conditioning(2), conditioning(3)
@@ -250,3 +256,49 @@ def test_hooked_weights_are_patched_once_a_run_as_the_host_does(model, kind, mon
     patched.clear()
     sample(model, kind, POSITIVE, having(NEGATIVE, hooks=hooks), steps=3)
     assert ours == patched and len(set(ours)) == len(ours) > 0
+
+
+@pytest.mark.parametrize("region", ["area", "mask", "range"])
+@pytest.mark.parametrize("name", ["extra", "perp-neg", "instruct"])
+def test_a_negative_has_no_say_where_it_covers_nothing(model, kind, name, region):
+    """What is measured from the sampler's negative must not fall back on the positive there."""
+    options = {"area": LEFT, "mask": TOP, "range": {"start_percent": 0.9}}[region]
+    prompt = Prompt(having(ANCHOR, **options), "negative")
+    method = {"extra": ExtraNegative(negative=prompt), "perp-neg": PerpNeg(negatives=(prompt,)),
+              "instruct": InstructGuidance(base=prompt)}[name]
+    ours = evaluate(add_guidance(model, method), kind, POSITIVE, NEGATIVE, cfg=WEIGHT)["denoised"]
+    plain = evaluate(model, kind, POSITIVE, NEGATIVE, cfg=WEIGHT)["denoised"]
+    outside = {"area": (..., slice(4, 8)), "mask": (..., slice(4, 8), slice(None))}.get(region, ...)
+    torch.testing.assert_close(ours[outside], plain[outside], rtol=1e-5, atol=1e-5)
+    if region != "range":
+        assert (ours - plain).abs().max() > 1e-4, "inside, it acts"
+
+
+BLOCK = {"unet": "middle", "flux": "double.0"}
+
+
+def test_the_perturbed_prediction_of_a_frequent_prompt_is_as_partial_as_it(model, kind):
+    """Where the frequent prompt has no say there is nothing to push away from, not the whole picture."""
+    frequent = R2F(frequent=Prompt(having(ANCHOR, **TOP), "frequent"), stop=1.0)
+    plain = evaluate(add_guidance(model, frequent), kind, POSITIVE, NEGATIVE, cfg=WEIGHT)["denoised"]
+    both = add_guidance(add_guidance(model, frequent), PerturbedAttention(blocks=BLOCK[kind]))
+    pushed = evaluate(both, kind, POSITIVE, NEGATIVE, cfg=WEIGHT)["denoised"]
+    outside = (..., slice(4, 8), slice(None))
+    torch.testing.assert_close(pushed[outside], plain[outside], rtol=1e-5, atol=1e-5)
+    assert not torch.equal(pushed, plain)
+
+
+@pytest.mark.parametrize("shift", [1.57, 3.0])
+def test_the_first_step_of_a_flow_is_inside_every_window(shift):
+    """ComfyUI's shift rounds the first noise level to a hair above 1 at some values."""
+    model, counted = calls(sd3.ModelSamplingSD3().patch(tiny_flux(), shift)[0])
+    run = add_guidance(model, CFGZero(zero_steps=1))
+    sample(run, "flux", POSITIVE, NEGATIVE, steps=4, cfg=WEIGHT)
+    assert sum(counted["network"]) == 2 * 4 - 1, "the step that zero-init leaves out is evaluated once"
+
+
+def test_only_one_prompt_can_be_mixed_in(model, kind):
+    frequent = Prompt(ANCHOR + conditioning(4), "frequent")
+    patched = add_guidance(model, R2F(frequent=frequent, stop=1.0, mode="blend"))
+    with pytest.raises(GuidanceError, match="2 entries .* only one can be mixed"):
+        evaluate(patched, kind, POSITIVE, NEGATIVE, cfg=WEIGHT)

@@ -367,6 +367,22 @@ def test_w2sd_keeps_what_a_noise_mask_keeps(model, kind):
         close(run[..., :4], image[..., :4], rtol=1e-3, atol=1e-3)
 
 
+def test_the_weak_side_is_told_the_noise_mask_too(monkeypatch):
+    """Inpainting checkpoints read it from their conditioning."""
+    strong, weak, told = tiny_unet(), tiny_unet(), {}
+    for name, model in (("strong", strong), ("weak", weak)):
+        def spy(name=name, own=model.model.extra_conds, **given):
+            told.setdefault(name, []).append(given.get("denoise_mask"))
+            return own(**given)
+        monkeypatch.setattr(model.model, "extra_conds", spy)
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., 4:] = 1.0
+    sampled(strong, w2sd(W2SD(), guider_of(weak, 1.0)), "unet", image=torch.randn(1, 4, 8, 8), noise_mask=mask)
+    for masks in told.values():
+        assert all(torch.equal(m[:1, :1].cpu(), mask) for m in masks)
+    assert set(told) == {"strong", "weak"}
+
+
 def test_w2sd_of_a_video():
     wan, image = tiny_wan(), torch.zeros(1, 16, 2, 4, 4)
     for sampler in (w2sd(W2SD()), w2sd(W2SD(), guider_of(wan, 2.0, conditioning(9)))):

@@ -257,5 +257,6 @@ def test_bad_input_of_linear_ag():
         LinearAG(coefficients=found).predicts_uncond(now)
     with pytest.raises(GuidanceError, match=r"\(LinearAG\).*another node turns guidance off"):
         LinearAG(coefficients=found).check(setup(weights=[1.0, 3.0, 3.0, 3.0]))
+    LinearAG(coefficients=found, end=0.5).check(setup(weights=[3.0] * 7 + [1.0] * 3))  # off after its own window
     with pytest.raises(GuidanceError, match=r"\(LinearAG\).*above 1.*already take one evaluation"):
         LinearAG().check(setup(cfg=1.0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -92,10 +93,18 @@ def test_resting_zero_init_is_announced(caplog):
     assert "zero-init is for flow models" in caplog.text
 
 
+def test_a_short_run_in_which_zero_init_rests_is_no_error():
+    CFGZero(zero_steps=4).check(setup(steps=4))  # an eps model
+    late = [step(3, 4, parametrisation=Parametrisation.FLOW)]
+    late[0].sigmas = torch.tensor([0.2, 0.0])  # the last step of a run that another sampler began
+    CFGZero().check(replace(setup(steps=1), steps=late, parametrisation=Parametrisation.FLOW))
+
+
 def test_bad_input():
     with pytest.raises(GuidanceError, match="zero_init_steps is -1"):
         CFGZero(zero_steps=-1)
     with pytest.raises(GuidanceError, match="zero_init_steps is 4 in a run of 4 steps"):
-        CFGZero(zero_steps=4).check(setup(steps=4))
+        flow = [step(i, 4, parametrisation=Parametrisation.FLOW) for i in range(4)]
+        CFGZero(zero_steps=4).check(replace(setup(steps=4), steps=flow, parametrisation=Parametrisation.FLOW))
     with pytest.raises(GuidanceError, match=r"CFG-Zero\*.*cfg above 1.*no meaning"):
         CFGZero().check(setup(cfg=1.0))

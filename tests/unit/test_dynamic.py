@@ -104,6 +104,13 @@ def test_the_strongest_weight_within_the_limit(tensors):
         assert chosen == max(w for w in candidates if ratios[w] <= limit)  # weight 1 always is
 
 
+def test_away_from_the_prompt_is_no_push_to_it():
+    x, cond = torch.zeros(1, 1, 2, 2), torch.tensor([[[[1.0, -1.0], [1.0, -1.0]]]])
+    now = at(x, weight=5.0)
+    run_step(now, Predictions(cond, 0.9 * cond), dynamic(Overshoot(1.1), 0.0, 1.0, 30.0))
+    assert now.record["chosen_weight"].tolist() == [1.0]
+
+
 def test_where_all_go_too_far_the_calmest_is_taken():
     x, cond = torch.zeros(1, 1, 2, 2), torch.tensor([[[[1.0, -1.0], [1.0, -1.0]]]])
     now = at(x, weight=5.0)

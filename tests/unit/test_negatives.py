@@ -49,6 +49,18 @@ def test_a_negative_parallel_to_the_positive_is_cfg(tensors, weight, ratio):
     close(result, cfg(cond, uncond, weight), rtol=1e-7, atol=1e-7)
 
 
+@given(predictions(4), weights.filter(lambda w: w > 1))
+def test_a_negative_for_a_part_of_the_picture_leaves_the_rest_alone(tensors, weight):
+    """The executor hands out the positive where a negative has no say: measured from the negative that is a push."""
+    x, cond, uncond, negative = tensors
+    quiet = torch.zeros_like(cond[:, :1], dtype=torch.bool)
+    quiet[..., :1] = True
+    preds = Predictions(cond, uncond, {ONE: torch.where(quiet, cond, negative)}, {ONE: quiet})
+    for method in (PerpNeg(negatives=(ONE,)), ExtraNegative(negative=ONE)):
+        rest = run_step(at(x, weight=weight), preds, method)[..., :1]
+        close(rest, cfg(cond, uncond, weight)[..., :1], rtol=1e-7, atol=1e-7)
+
+
 @given(predictions(4), weights)
 def test_a_weight_of_zero_is_cfg_and_costs_nothing(tensors, weight):
     x, cond, uncond, negative = tensors

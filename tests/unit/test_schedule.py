@@ -87,6 +87,8 @@ def test_an_interval_is_the_guidance_interval_in_percent():
 def test_step_beta_and_curve():
     late = Schedule(shape="step", first=0.25, last=0.5, low=0.5, keep_average=False)
     assert course(late, 3.0, 8) == [2.0] * 2 + [3.0] * 6
+    assert course(replace(late, last=0.1), 3.0, 8) == course(late, 3.0, 8), "a step has no end"
+    Schedule(shape="curve", points=((0.0, 1.0),), first=0.5, last=0.5)  # nor has a curve either
     assert beta_density(0.5, 2, 2) == pytest.approx(1.5) and beta_density(0, 2, 3) == beta_density(1, 2, 3) == 0
     assert interpolate(((0.2, 1.0), (0.6, 3.0)), 0.3) == pytest.approx(1.5)
     assert [interpolate(((0.2, 1.0), (0.6, 3.0)), t) for t in (0, 0.2, 0.6, 1)] == [1, 1, 3, 3]
