@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .words import Tokens, align, offsets, runs
@@ -38,6 +39,10 @@ class EditPrompts:
         """The tokens of ``phrase`` in the prompt of ``row``, in all encoders; empty if it does not say so."""
         return [start + token for start, tokens in offsets(self.layouts[row]) for word in tokens.find(phrase)
                 for token in tokens.of(word)]
+
+    def repeats(self, row: int) -> bool:
+        """Whether a row is the source again, to the encoder's last bit."""
+        return all(torch.equal(features[0], features[row]) for features in self.features)
 
     def changed(self, row: int) -> tuple[list[int], list[int]]:
         """The tokens that were dropped from the source, and those that ``row`` has added."""

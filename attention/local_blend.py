@@ -46,11 +46,11 @@ class WordMaps(AttentionEdit):
     needs_grid = True
 
     def acts_at(self, site: Site) -> bool:
-        return super().acts_at(site) and (bool(self.blocks) or site.kind != "joint" or spread(site))
+        return super().acts_at(site) and (bool(self.blocks) or site.unet or spread(site))
 
     def output(self, call: Call, attend: Callable[..., Tensor]) -> Tensor:
         count = len(range(*call.site.image.indices(call.q.shape[2])))
-        acts = call.site.kind == "joint" or count <= self.tokens
+        acts = not call.site.unet or count <= self.tokens
         self.seen.setdefault("acted" if acts else "skipped", set()).add(count)
         whole = call.latent == tuple(call.step.x.shape[2:]) and call.step.plain is None  # no area, no look ahead
         if acts and whole and "cond" in call.roles:

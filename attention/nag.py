@@ -84,6 +84,6 @@ APART = (
     "Negative at Any CFG (NAG): the host evaluates the positive and NAG's negative in different forward passes, and on "
     "this model (joint attention of text and image) they must share one. It splits them when the prompts differ in "
     "token count, area, ControlNet or hooks. Encode both with the same node and settings, or remove the node. The text "
-    "encoders of Qwen-Image, Lumina 2 and Z-Image do not pad: there the negative must have as many tokens as the "
-    "positive."
+    "encoders of Qwen-Image, Lumina 2, Z-Image and Chroma do not pad: there the negative must have as many tokens as "
+    "the positive (for Chroma, T5TokenizerOptions with a min_length above both pads them)."
 )

@@ -85,8 +85,8 @@ class TextMaps(AttentionEdit):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SameLayout(AttentionEdit):
-    """Image tokens of edited rows attend to each other as the source's do, at self sites of at most ``tokens`` tokens
-    and at all joint ones. ``seen`` learns the sizes of the sites where it "acted" and which it "skipped"."""
+    """Image tokens of edited rows attend to each other as the source's do, in UNets at self sites of at most ``tokens``
+    tokens, in transformers at all. ``seen`` learns the sizes of the sites where it "acted" and which it "skipped"."""
 
     tokens: int = 256
     seen: dict[str, set[int]] = field(default_factory=dict)
@@ -95,6 +95,6 @@ class SameLayout(AttentionEdit):
     kinds = frozenset({"self", "joint"})
 
     def inputs(self, call: Call) -> Call:
-        acts = call.site.kind == "joint" or call.q.shape[2] <= self.tokens
+        acts = not call.site.unet or call.q.shape[2] <= self.tokens
         self.seen.setdefault("acted" if acts else "skipped", set()).add(call.q.shape[2])
         return call.replace(q=shared(call, call.q), k=shared(call, call.k)) if acts else call

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 ALL = slice(None)
 
@@ -21,7 +21,8 @@ class Site:
         kind: "self" (image tokens among themselves), "cross" (image to text), "joint" (text and image together),
             "image" (image to the features of a start picture), or "residual" for what a UNet's residual block adds,
             which is no attention ("output.4").
-        index, count: position among the model's sites of this kind, in the order in which they run.
+        index, count: position among the model's sites of this kind, in the order in which they run; of a self site
+            beside a joint one of the same name (SD3.5 medium), that of the joint one.
         grid: (t, h, w) of the image tokens. None before a forward pass, and where another node merged tokens.
         text: which keys are text tokens; image: which queries (and keys, but at cross sites) are those of the picture
             that is being made. There may be more tokens around those: reference pictures, padding.
@@ -50,7 +51,9 @@ def numbered(sites: Iterable[Site]) -> list[Site]:
     """``sites`` in the order in which they run, with their index and count."""
     sites = list(sites)
     kinds = [site.kind for site in sites]
-    return [Site(s.name, s.kind, kinds[:i].count(s.kind), kinds.count(s.kind)) for i, s in enumerate(sites)]
+    out = [Site(s.name, s.kind, kinds[:i].count(s.kind), kinds.count(s.kind)) for i, s in enumerate(sites)]
+    joint = {site.name: site for site in out if site.kind == "joint"}
+    return [replace(joint[s.name], kind="self") if s.kind == "self" and s.name in joint else s for s in out]
 
 
 @functools.lru_cache(4096)  # asked for every site and edit at every forward pass

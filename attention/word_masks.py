@@ -39,10 +39,10 @@ def spread(site: Site) -> bool:
 
 
 def paid(call: Call, chunk: int, row: int) -> Tensor:
-    """What the image tokens of a row pay to each text token, ``[t * h * w, text tokens]``, the mean over heads; at
-    joint sites one head at a time, so that no map of all is held."""
+    """What the image tokens of a row pay to each text token, ``[t * h * w, text tokens]``, the mean over heads; in
+    transformers one head at a time, so that no map of all is held."""
     q, k = (call.by_sample(tensor)[chunk, row] for tensor in (call.q[:, :, call.site.image], call.k))
-    heads = zip(q.split(1), k.split(1)) if call.site.kind == "joint" else [(q, k)]
+    heads = [(q, k)] if call.site.unet else zip(q.split(1), k.split(1))
     maps = (scores(a, b).softmax(-1)[..., call.site.text] for a, b in heads)
     return sum(part.sum(0) for part in maps) / len(q)
 

@@ -235,7 +235,8 @@ class Setup:
     ``weights`` are the guidance weights of the steps after the ``scale`` stage. ``likeness`` tells what a prompt is
     the same as: "positive", "negative", "empty" (all zeros) or None. ``sites`` are where the model attends. ``steps``
     are those of the run, each with an empty ``x``.
-    ``features`` are the text features of the positive, ``[1 or rows, tokens, D]`` for each of its entries.
+    ``features`` are the text features of the positive, ``[1 or rows, tokens, D]`` for each of its entries, and
+    ``parts`` how many of those can share a forward pass (they act at once, on areas of one size).
     """
 
     cfg: float
@@ -246,6 +247,7 @@ class Setup:
     sites: Sequence[Site] = ()
     steps: Sequence[Step] = ()
     features: Sequence[Tensor] = ()
+    parts: int = 1
 
     @property
     def guided(self) -> bool:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..attention.edit_prompts import EditPrompts
 from .contract import GuidanceError, Setup, Step
+
+log = logging.getLogger("rudder")
 
 PURE_NOISE = 0.01  # percent of the timesteps before which a run starts from noise
 WAY_OUT = "Wire the positive, the LATENT and the prompts of one 'Source and Edits' (RudderEditBatch) to one sampler."
@@ -51,11 +55,21 @@ def check_rows(title: str, edit: EditPrompts, step: Step) -> None:
                             f"pictures. {WAY_OUT} A noise node must heed the latent's batch index.")
 
 
-def check_sizes(title: str, limit: str, seen: Mapping[str, set[int]] | None, way_out: str = "") -> None:
-    """Refuse a limit on tokens that no site of the picture is below."""
-    if seen and "acted" not in seen:
-        raise GuidanceError(f"{title}: {limit} is too low for this picture, whose smallest attention has "
+def check_sizes(
+    title: str, name: str, limit: int, step: Step, seen: dict[str, set[int]] | None, way_out: str = ""
+) -> None:
+    """Refuse a limit on tokens that no site of the picture is below; say once in a run when it leaves out the quarter
+    of the latent's resolution, where SD1.5 keeps the layout (the paper's 256 tokens at 512x512)."""
+    if not seen or "skipped" not in seen:
+        return
+    if "acted" not in seen:
+        raise GuidanceError(f"{title}: {name} is too low for this picture, whose smallest attention has "
                             f"{min(seen['skipped'])} tokens: raise it to that.{way_out}")
+    quarter = [size for size in seen["skipped"] if limit < size <= math.prod(step.x.shape[2:]) / 16]
+    if quarter and "told" not in seen:
+        seen["told"] = set(quarter)
+        log.warning("Rudder: %s: at this size of picture the attention that holds the layout has %d tokens, and %s is "
+                    "%d, so only smaller ones act. Raise it to that.", title, max(quarter), name, limit)
 
 
 def check_words(title: str, edit: EditPrompts, phrases: Sequence[str], rows: Iterable[int]) -> None:
@@ -65,5 +79,5 @@ def check_words(title: str, edit: EditPrompts, phrases: Sequence[str], rows: Ite
                             "is known for CLIP and T5.")
     for phrase in phrases:
         if not any(edit.positions(row, phrase) for row in rows):
-            raise GuidanceError(f"{title}: no prompt says '{phrase}'. They are: "
+            raise GuidanceError(f"{title}: no prompt says '{phrase}' in whole words. They are: "
                                 f"{'; '.join(edit.texts[row] for row in rows)}.")

@@ -76,7 +76,7 @@ class LocalBlend(Guidance):
 
     def finish(self, step: Step, x0: Tensor) -> Tensor:
         state = step.state(self)
-        check_sizes(self.title, "tokens", state.get("seen"))
+        check_sizes(self.title, "tokens", self.tokens, step, state.get("seen"))
         if step.before(self.blend_start):
             return x0
         if not state["maps"]:

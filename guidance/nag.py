@@ -60,6 +60,10 @@ class NAG(Guidance):
         if not self.off and setup.likeness(self.negative) == "positive":
             raise GuidanceError(f"{self.title}: the negative is identical to the positive, so nothing would change. "
                                 "Write what the picture should not show.")
+        if not self.off and setup.parts > 1 and any(site.kind == "joint" for site in setup.sites):
+            raise GuidanceError(f"{self.title}: the positive has {setup.parts} parts at a time (combined prompts), and "
+                                "on this model (joint attention of text and image) the negative can ride with one "
+                                "only. Write them as one prompt.")
 
     def prompts(self) -> Sequence[Branch]:
         return () if self.off else (self.branch,)

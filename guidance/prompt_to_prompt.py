@@ -64,17 +64,21 @@ class PromptToPrompt(Guidance):
             if not WEIGHTS[0] <= weight <= WEIGHTS[1]:
                 raise GuidanceError(f"{self.title}: the weight of '{word}' is {weight:g}; it must be from -2 to 2, 1 "
                                     "changes nothing.")
+        if not max([self.cross_end, *(end for _, end in self.ends)]) and any(weight != 1 for _, weight in self.words):
+            raise GuidanceError(f"{self.title}: words have weights and cross_end is 0, so they would not act. Raise "
+                                "cross_end (0.8 is usual): it is until when weights count, on every model.")
         check_words(self.title, self.edit, [w for w, _ in (*self.words, *self.ends)], range(1, self.edit.rows))
 
     @cached_property
     def operations(self) -> list[Operation | None]:
-        """For each row what is done to it; None for the source, and for a prompt that is equal to it."""
+        """For each row what is done to it; None for the source, and for a prompt that is equal to it, also in the
+        weights of its words (which are in the features)."""
         out: list[Operation | None] = [None]
         for row, layout in enumerate(self.edit.layouts[1:], 1):
             how = operation(self.edit.layouts[0], layout, self.mode, self.alpha) if layout else None
             for word, weight in self.words:
                 how = how.weighted(self.edit.positions(row, word), weight)
-            out.append(None if how is None or how.trivial else how)
+            out.append(None if how is None or how.trivial and self.edit.repeats(row) else how)
         return out
 
     def inside(self, step: Step, row: int) -> Tensor:
@@ -97,7 +101,7 @@ class PromptToPrompt(Guidance):
     def edits(self, step: Step) -> Edits:
         check_rows(self.title, self.edit, step)
         out, state, device = [], step.state(self), step.x.device
-        check_sizes(self.title, "self_tokens", state.get("layout"), " Or set self_end to 0.")
+        check_sizes(self.title, "self_tokens", self.self_tokens, step, state.get("layout"), " Or set self_end to 0.")
         if step.before(max([self.cross_end, *(end for _, end in self.ends)])):
             hows = state.setdefault("operations", [how and how.to(device) for how in self.operations])
             inside = [how and self.inside(step, row) for row, how in enumerate(hows)]

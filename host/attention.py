@@ -84,6 +84,7 @@ class Attention:
         self.step: Step | None = None
         self.texts: Mapping[Any, list[dict]] = {}  # processed conds of the positive and of every branch of the run
         self.told = False
+        self.acted: set[type] = set()  # kinds of edits that have met a site in this run
 
     def apply_model(self, executor: Callable, x: Tensor, t: Tensor, *args, **kwargs) -> Tensor:
         """APPLY_MODEL wrapper. What comes after x and t comes by place (``NAMES``) or by name."""
@@ -158,9 +159,11 @@ class Attention:
         return torch.cat([x, x[:samples]]), torch.cat([t, t[:samples]]), out
 
     def check_met(self, edit: AttentionEdit, now: Pass, sites: Sequence[Site]) -> None:
-        """An edit that met none of its sites is an error; some that it missed are told once a run."""
+        """An edit that has never met a site in this run is an error; some that it missed are told once a run."""
         wanted = [site for site in sites if edit.acts_at(site)]
         missed = [site.name for site in wanted if not now.met[id(edit), site.name, site.kind]]
+        if len(missed) == len(wanted) and type(edit) in self.acted:
+            return  # a step cache (EasyCache) answered for the network: what it remembers was edited
         if len(missed) == len(wanted):
             raise GuidanceError(
                 f"{edit.title}: the attention of '{edit.blocks or 'all blocks'}' did not run through the host, so it "
@@ -168,6 +171,7 @@ class Attention:
                 "remove that node or choose other blocks. Or the model is run bit by bit with a memory of its own "
                 "(autoregressive video): use another sampler."
             )
+        self.acted.add(type(edit))
         if missed and not self.told:
             self.told = True
             log.warning("Rudder: %s: another node on this MODEL replaces or skips %s, where it could not act.",
@@ -204,9 +208,11 @@ def override(now: Pass, previous: Callable | None) -> Callable:
         def kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
             more = (mask, *args[1:]) if args else args
             named = {**kwargs, "mask": mask} if not args and (mask is not None or "mask" in kwargs) else kwargs
+            if mask is not None and given is None:  # the mask of an edit: SageAttention of older hosts drops it
+                named = {**named, "low_precision_attention": False}
             return (func if previous is None else functools.partial(previous, func))(q, k, v, heads, *more, **named)
 
-        mask = args[0] if args else kwargs.get("mask")
+        mask = given = args[0] if args else kwargs.get("mask")
         site = now.pending.pop(0) if now.pending else None
         acting = [(edit, on) for edit, on in now.acting if site is not None and edit.acts_at(site)]
         if not acting:

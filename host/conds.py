@@ -162,6 +162,19 @@ def is_partial(conds: Conds) -> bool:
     return not any(PARTIAL.isdisjoint(c) for c in conds)
 
 
+def lies_in(cond: dict, percent: float) -> bool:
+    """Whether an unprocessed entry's range holds a share of the model's timesteps."""
+    start, end = cond.get("start_percent", 0.0), cond.get("end_percent", 1.0)
+    return start <= percent < end or percent >= end >= 1.0
+
+
+def together(conds: Conds, percent: float) -> int:
+    """How many unprocessed entries the host may put into one forward pass there: they act on areas of one size."""
+    areas = [entry.get("area") or () for entry in conds if lies_in(entry, percent)]
+    sizes = [tuple(area[: (len(area) + 1) // 2]) for area in areas]  # then come the offsets
+    return max(map(sizes.count, sizes), default=0)
+
+
 def acts(conds: Conds, sigma: float) -> bool:
     """Whether the host evaluates any of these processed conds at this noise level."""
     return any(c.get("timestep_end", 0.0) <= sigma <= c.get("timestep_start", math.inf) for c in conds)

@@ -12,6 +12,7 @@ import torch
 
 from ..attention.contract import AttentionEdit
 from ..guidance.contract import Edits, Guidance, GuidanceError, Step
+from .conds import lies_in
 from .patch import add_guidance
 from .run import KEY
 
@@ -44,11 +45,12 @@ def look(
     noise = comfy.sample.prepare_noise(image, seed, latent.get("batch_index"))
     sampling = model.get_model_object("model_sampling")
     level = min(max(float(sampling.percent_to_sigma(percent)), float(sampling.sigma_min)), float(sampling.sigma_max))
-    if not any(c[1].get("start_percent", 0.0) <= percent <= c[1].get("end_percent", 1.0) for c in positive):
+    acting = [c for c in positive if lies_in(c[1], percent)]
+    if not acting:
         raise GuidanceError(f"Inspect Attention: no part of the positive acts at {percent:g} of the run. Choose a "
                             "'percent' inside its timestep range.")
     guider = comfy.samplers.CFGGuider(watched)
-    guider.inner_set_conds({"positive": positive})
+    guider.inner_set_conds({"positive": acting[:1]})  # the host evaluates several in an order of its own
     guider.set_cfg(1.0)
     guider.sample(
         noise, image, comfy.samplers.sampler_object("euler"), torch.tensor([level, 0.0]), latent.get("noise_mask"),

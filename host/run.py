@@ -204,6 +204,7 @@ class Run:
             sites=self.sites,
             steps=steps,
             features=[c["cross_attn"] for c in guider.conds["positive"] if c.get("cross_attn") is not None],
+            parts=max(conds.together(guider.conds["positive"], step.percent_of(step.level)) for step in steps),
         )
         for title, edit in edits.values():
             check_edit(title, edit, setup.sites, network)

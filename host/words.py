@@ -6,6 +6,7 @@ The host's word ids are per segment of one weight, not per word, so words are fo
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from ..attention.words import Tokens
 
 CLIPS = ("l", "g", "h")  # they share positions: their features lie side by side
 NAMES = {"l": "CLIP", "g": "CLIP", "h": "CLIP", "t5xxl": "T5"}
+UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
+CUT = "\ufffd"  # what a decoder puts for bytes that are a part of a letter
 Chunks = list[list[tuple]]  # of (token, weight, id); id 0 is a special token
 
 
@@ -110,7 +113,9 @@ def layout(clip: Any, tokens: dict[str, Chunks], name: str) -> Tokens:
                 ends += not at_start
                 continue
             piece = spelt[token] if isinstance(token, int) else ""
-            if segment != within or (before.endswith("</w>") if byte_pairs else starts(piece, before)):
+            text, said = read(tokenizer, [token]), read(tokenizer, words[-1]) if before else ""
+            new = before.endswith("</w>") if byte_pairs else starts(piece, text, before, said)
+            if segment != within or new or unspaced(text, said):
                 words.append([])
                 before = ""
             words[-1].append(token)
@@ -120,11 +125,19 @@ def layout(clip: Any, tokens: dict[str, Chunks], name: str) -> Tokens:
                   tuple(keys[: size(tokens, name)]))
 
 
-def starts(piece: str, before: str) -> bool:
-    """Whether a piece begins a new word after the pieces of the word so far: it says so (SentencePiece's low line, the
-    dotted G of byte-level BPE, its dotted C for a new line), or one is punctuation and the other not."""
-    said = before.lstrip("▁ĠĊ")
-    return piece.startswith(("▁", "Ġ", "Ċ")) or bool(said) and piece.isalnum() != said.isalnum()
+def starts(piece: str, text: str, before: str, said: str) -> bool:
+    """Whether a piece, which reads ``text``, begins a new word after ``before``, the pieces of the word so far, which
+    read ``said``: it says so (SentencePiece's low line, the dotted G of byte-level BPE, its dotted C for a new line),
+    one of them belongs to a chat template, or one is punctuation and the other not."""
+    if piece.startswith(("▁", "Ġ", "Ċ")) or any(p.startswith("<|") and p.endswith("|>") for p in (piece, before)):
+        return True
+    return bool(said) and CUT not in text + said and text.isalnum() != said.isalnum()
+
+
+def unspaced(text: str, said: str) -> bool:
+    """Whether a new word begins because the letter before or after is of a script without spaces (Chinese, Japanese,
+    Thai, Lao, Burmese, Khmer): there every token is a word, or else a sentence would be one."""
+    return bool(said) and not said.endswith(CUT) and any(map(UNSPACED.match, (said[-1], text[:1])))
 
 
 def read(tokenizer: Any, word: list) -> str:

@@ -148,8 +148,9 @@ class RudderAttentionEntropy(io.ComfyNode):
                 side("height"),
                 io.Boolean.Input(
                     "count_text", default=True, advanced=True,
-                    tooltip="SD3 and Flux only: whether text counts among the tokens that attention spreads over (the "
-                    "paper has UNets, this is ours). Off: a stronger effect.",
+                    tooltip="Only where text and image attend together (Flux, SD3, Qwen-Image, Lumina 2, Z-Image): "
+                    "whether text counts among the tokens that attention spreads over (the paper has UNets, this is "
+                    "ours). Off: a stronger effect.",
                 ),
                 blocks_input("Where it acts. Empty: all self and joint attention, as in the paper. Or names, ranges "
                              "and lists: 'output', 'joint.0-11'."),

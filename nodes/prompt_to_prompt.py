@@ -91,7 +91,8 @@ class RudderPromptToPrompt(io.ComfyNode):
                 io.Int.Input(
                     "self_tokens", default=256, min=1, max=65536, advanced=True,
                     tooltip="Layout is kept in self-attention of at most so many tokens. Paper: 256 (16x16, SD1.5 at "
-                    "512x512); 1024 keeps more, and is the least at 1024x1024 on SDXL. Not used on transformers.",
+                    "512x512; 576 at 768x768); 1024 keeps more, and is the least at 1024x1024 on SDXL. Not used on "
+                    "transformers.",
                 ),
                 share_input(
                     "start_percent", 0.0,

@@ -35,7 +35,7 @@ from rudder.guidance.sag import SelfAttentionGuidance
 from rudder.host import add_guidance
 from rudder.host.attention import OVERRIDE, Attention
 from rudder.host.sites import sites_of
-from rudder.host.words import check_lengths, encoded
+from rudder.host.words import check_lengths, encoded, layout
 from rudder.nodes.inspect import RudderInspectAttention
 
 from . import test_attention as attention
@@ -539,6 +539,8 @@ def test_language_models_take_prompts_of_one_length():
     [[features, _]], prompts = encoded(clip, ("dog runs", "cat runs"))
     assert len(features) == 2 and prompts.changed(1) == (prompts.positions(0, "dog"), prompts.positions(1, "cat"))
     assert prompts.positions(0, "dog") and prompts.positions(0, "runs") == prompts.positions(1, "runs")
+    chinese = layout(clip, clip.tokenize("一只猫在草地上，", return_word_ids=True), "qwen3_4b")
+    assert {"猫", "在", "，", "<|im_end|>"} <= set(chinese.words) and chinese.find("一只猫")
     with pytest.raises(ValueError, match=r"have \d+, \d+ tokens, and this text encoder does not pad"):
         encoded(clip, ("a dog runs", "a small dog runs"))
     with pytest.raises(ValueError, match="does not pad"):

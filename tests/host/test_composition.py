@@ -24,7 +24,9 @@ from rudder.guidance.aapb import AAPB
 from rudder.guidance.blend import FixedBlend
 from rudder.guidance.cfg import CFG, cfg
 from rudder.guidance.contract import Guidance, GuidanceError, Prompt
+from rudder.guidance.contrast import PerturbedAttention
 from rudder.guidance.interval import LimitedInterval
+from rudder.guidance.nag import NAG
 from rudder.guidance.r2f import R2F
 from rudder.guidance.trace import Recorder, Trace
 from rudder.host import add_guidance
@@ -344,6 +346,16 @@ def test_a_neutral_plan_hands_others_what_the_host_does(model, kind, name, weigh
     reference = sample(foreign(model), kind, POSITIVE, NEGATIVE, cfg=weight)
     for patched in (add_guidance(foreign(model), Guidance()), foreign(add_guidance(model, Guidance()))):
         assert torch.equal(sample(patched, kind, POSITIVE, NEGATIVE, cfg=weight), reference)
+
+
+@pytest.mark.parametrize("method", [
+    PerturbedAttention(blocks="middle, double.0"), NAG(negative=Prompt(ANCHOR, "nag"))], ids=["PAG", "NAG"])
+def test_a_step_cache_rests_with_attention_edits(model, kind, method):
+    """A forward that EasyCache answers meets no attention; what it remembers was edited."""
+    guided = add_guidance(model, method)
+    cached = EasyCacheNode.execute(guided, 3.0, 0.0, 1.0, False).args[0]
+    run, plain = (sample(m, kind, POSITIVE, NEGATIVE, cfg=WEIGHT, steps=8) for m in (cached, guided))
+    assert run.isfinite().all() and not torch.equal(run, plain), "it has skipped steps"
 
 
 @pytest.mark.parametrize("name", FOREIGN)

@@ -89,6 +89,17 @@ def test_a_row_is_the_plain_prompt_and_words_are_found(encoder):
     assert "[+ small]" in prompts.report() and "wearing sunglasses]" in prompts.report()
 
 
+def test_words_of_a_script_without_spaces(encoder):
+    """No space tells where a word ends: every token is one, in CLIP every letter."""
+    kind, clip = encoder
+    if "CLIP" not in SEGMENTS[kind]:
+        pytest.skip("T5 has no Chinese")
+    _, prompts = encoded(clip, ("a cat, 一只猫", "a cat, 一只狗"))
+    assert prompts.layouts[0][0].words == ("a", "cat", ",", "一", "只", "猫")
+    assert prompts.positions(0, "猫") and not prompts.positions(1, "猫")
+    assert prompts.positions(0, "一只") == prompts.positions(1, "一只")
+
+
 def test_long_prompts_and_weights(encoder):
     kind, clip = encoder
     long = "a (red:1.3) cat " + " ".join(["on a (very:0.8) long road"] * 40)

@@ -18,7 +18,7 @@ from rudder.host.sites import sites_of
 from rudder.nodes.heatmap import heat, heat_maps, table_picture
 from rudder.nodes.inspect import RudderInspectAttention
 
-from .models import CHANNELS, calls, having, sample
+from .models import CHANNELS, calls, conditioning, having, sample
 from .registry import NEGATIVE, POSITIVE
 from .test_nodes import call
 
@@ -68,6 +68,15 @@ def test_the_maps_are_those_of_the_run(family, network):
         assert not torch.equal(one[0], one[1]), "two noises"
     for site, one in own.maps.items():
         assert one.shape[:3] == (2, 1, 1) and torch.allclose(one.sum((1, 2, 3, 4)), torch.ones(())) == ("self" in site)
+
+
+def test_of_a_combined_positive_the_first_part_is_drawn(family, network):
+    longer = conditioning(8, tokens=14)
+    for more in (having(longer), having(POSITIVE, start_percent=0.9) + longer):
+        own, text = inspected(network, family, blocks=FIRST[family], tokens="1, 3")
+        first, listed = call(RudderInspectAttention, model=network, positive=[*POSITIVE, *more], tokens="1, 3",
+                             latent_image={"samples": torch.zeros(1, CHANNELS[family], 6, 10)}, blocks=FIRST[family])
+        assert torch.equal(first, own) and listed == text
 
 
 @pytest.mark.parametrize("percent", [0.0, 1.0])

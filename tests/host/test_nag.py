@@ -125,6 +125,17 @@ def test_a_negative_of_another_length():
         run(MODELS["flux"](), "flux", method(longer))
 
 
+def test_a_combined_positive_is_refused_where_the_negative_can_ride_with_one_only(network, family):
+    both = [*POSITIVE, *conditioning(8)]
+    turns = having(POSITIVE, end_percent=0.5) + having(conditioning(8), start_percent=0.5)
+    if family == "unet":
+        assert sample(add_guidance(network, method()), family, both, NEGATIVE).isfinite().all()
+    else:
+        with pytest.raises(GuidanceError, match="has 2 parts at a time"):
+            sample(add_guidance(network, method()), family, both, NEGATIVE)
+    assert sample(add_guidance(network, method()), family, turns, NEGATIVE).isfinite().all()
+
+
 def test_only_plain_prompts():
     two = [*AWAY, *conditioning(9)]
     with pytest.raises(GuidanceError, match="negative conditioning has 2 entries"):

@@ -14,10 +14,11 @@ from rudder.attention.local_blend import blended, masks
 from rudder.attention.operations import MODES, Operation, edited_map, operation
 from rudder.attention.prompt_to_prompt import TextMaps, folded
 from rudder.guidance.contract import GuidanceError
+from rudder.guidance.editing import check_sizes
 from rudder.guidance.local_blend import LocalBlend
 from rudder.guidance.prompt_to_prompt import PromptToPrompt
 
-from .tensors import step
+from .tensors import at, step
 from .test_mutual import N, attend, made
 from .test_words import edit, prompts, tokens
 
@@ -214,10 +215,33 @@ DOG = edit("a dog ran", "a cat ran", "a wet dog ran")
     ({"words": (("bird", 1.5),)}, "no prompt says 'bird'"), ({"ends": (("bird", 0.5),)}, "no prompt says 'bird'"),
     ({"ends": (("cat", 2.0),)}, "word_ends, 'cat' is 2"),
     ({"start": 0.9}, "start_percent is 0.9 and everything ends before"),
+    ({"words": (("cat", 1.5),), "cross_end": 0.0}, "words have weights and cross_end is 0"),
 ])
 def test_bad_settings_are_refused(options, message):
     with pytest.raises(GuidanceError, match=message):
         PromptToPrompt(edit=DOG, **options)
+
+
+def test_a_prompt_that_differs_in_weights_alone_is_edited():
+    """The text "(dog:1.5)" has the source's words; what differs is in the features."""
+    plain, heavy = torch.randn(2, 1, 12, 8, generator=torch.Generator().manual_seed(0))
+    prompts = edit("a dog", "a dog", "a dog")
+    prompts = replace(prompts, features=(torch.cat([plain, plain, heavy]),))
+    same, weighted = PromptToPrompt(edit=prompts).operations[1:]
+    assert same is None and weighted is not None and weighted.trivial
+
+
+def test_a_limit_that_leaves_the_layout_out_is_told_once(caplog):
+    """512x768 on SD1.5: the quarter of the resolution has 384 tokens."""
+    now = at(torch.zeros(2, 4, 64, 96))
+    for seen, told in (({"acted": {96}, "skipped": {384, 1536}}, 1), ({"acted": {256, 64}, "skipped": {1024}}, 0)):
+        caplog.clear()
+        now = now if told else at(torch.zeros(2, 4, 64, 64))
+        for _ in range(2):
+            check_sizes("P2P", "self_tokens", 256, now, seen)
+        assert caplog.text.count("has 384 tokens, and self_tokens is 256") == told
+    with pytest.raises(GuidanceError, match="smallest attention has 384 tokens"):
+        check_sizes("P2P", "self_tokens", 256, now, {"skipped": {384, 1536}})
 
 
 def test_a_blend_needs_a_word():

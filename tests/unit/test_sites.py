@@ -65,6 +65,12 @@ def test_sites_are_counted_by_kind():
     assert Site("alone", "self").depth == 0.0
 
 
+def test_self_attention_beside_joint_attention_lies_as_deep():
+    """SD3.5 medium has some in its first blocks."""
+    sites = numbered([Site("joint.0", "joint"), Site("joint.0", "self"), Site("joint.1", "joint")])
+    assert [(s.kind, s.index, s.count) for s in sites] == [("joint", 0, 2), ("self", 0, 2), ("joint", 1, 2)]
+
+
 # ---------------------------------------------------------------- a call
 
 
