@@ -19,7 +19,8 @@ class RudderEditBatch(io.ComfyNode):
             category=CATEGORY,
             description="One batch for editing by attention: row 0 is the picture of the source prompt, each further "
             "row one edit of it, all from the same noise. Wire both outputs to the sampler and the prompts to an "
-            "editing node (Prompt-to-Prompt and others). Without an editing node the rows are the plain prompts.",
+            "editing node (Prompt-to-Prompt and others). Without an editing node the rows are the plain prompts (on "
+            "Chroma nearly, where prompts of different length are padded).",
             search_aliases=["prompt to prompt", "edit prompts", "source target batch", "prompt batch", "p2p"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder of the checkpoint that you sample."),

@@ -136,6 +136,24 @@ def test_masks_of_ones_are_no_masks(network, family):
     torch.testing.assert_close(both, union, rtol=1e-4, atol=1e-4)
 
 
+def test_the_mask_of_an_edit_asks_for_a_kernel_that_heeds_masks(network, family):
+    """The host's SageAttention drops masks in older versions, unless it is told to keep to full precision."""
+    asked = []
+
+    def kernel(func, q, k, v, heads, *args, **kwargs):
+        asked.append((args[0] if args else kwargs.get("mask"), kwargs.get("low_precision_attention", True)))
+        return func(q, k, v, heads, *args, **kwargs)
+
+    network = network.clone()
+    network.model_options["transformer_options"]["optimized_attention_override"] = kernel
+    edit(network, family)
+    plain = list(asked)
+    asked.clear()
+    edit(network, family, MasaCtrl(start=0.0, depth=0.0, masks=Masks(HALF, HALF)))
+    assert any(mask is not None and not low for mask, low in asked) and all(low for _, low in plain)
+    assert all(low for mask, low in asked if mask is None)
+
+
 def test_a_mask_for_each_edit(network, family):
     masks = Masks(HALF, torch.cat([HALF, 1 - HALF]))
     out = edit(network, family, MasaCtrl(start=0.0, depth=0.0, masks=masks), seeds=(1, 3, 4))
