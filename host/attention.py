@@ -84,7 +84,7 @@ class Attention:
         self.step: Step | None = None
         self.texts: Mapping[Any, list[dict]] = {}  # processed conds of the positive and of every branch of the run
         self.told = False
-        self.acted: set[type] = set()  # kinds of edits that have met a site in this run
+        self.acted: set[tuple[type, str]] = set()  # kinds of edits, and their blocks, that have met a site in this run
 
     def apply_model(self, executor: Callable, x: Tensor, t: Tensor, *args, **kwargs) -> Tensor:
         """APPLY_MODEL wrapper. What comes after x and t comes by place (``NAMES``) or by name."""
@@ -162,7 +162,8 @@ class Attention:
         """An edit that has never met a site in this run is an error; some that it missed are told once a run."""
         wanted = [site for site in sites if edit.acts_at(site)]
         missed = [site.name for site in wanted if not now.met[id(edit), site.name, site.kind]]
-        if len(missed) == len(wanted) and type(edit) in self.acted:
+        kind = type(edit), edit.blocks
+        if len(missed) == len(wanted) and kind in self.acted:
             return  # a step cache (EasyCache) answered for the network: what it remembers was edited
         if len(missed) == len(wanted):
             raise GuidanceError(
@@ -171,7 +172,7 @@ class Attention:
                 "remove that node or choose other blocks. Or the model is run bit by bit with a memory of its own "
                 "(autoregressive video): use another sampler."
             )
-        self.acted.add(type(edit))
+        self.acted.add(kind)
         if missed and not self.told:
             self.told = True
             log.warning("Rudder: %s: another node on this MODEL replaces or skips %s, where it could not act.",

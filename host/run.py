@@ -194,7 +194,7 @@ class Run:
         edits |= {id(edit): (method.title, edit) for method in self.plan for branch in method.prompts()
                   if isinstance(branch, Variant) for edit in branch.edits}
         self.has_edits = bool(edits)
-        network = guider.model_patcher.model.diffusion_model
+        network, positive = guider.model_patcher.model.diffusion_model, guider.conds["positive"]
         setup = Setup(
             cfg=self.cfg,
             weights=weights,
@@ -203,8 +203,9 @@ class Run:
             likeness=likeness,
             sites=self.sites,
             steps=steps,
-            features=[c["cross_attn"] for c in guider.conds["positive"] if c.get("cross_attn") is not None],
-            parts=max(conds.together(guider.conds["positive"], step.percent_of(step.level)) for step in steps),
+            features=[c["cross_attn"] for c in positive if c.get("cross_attn") is not None],
+            parts=1 if len(positive) == 1 else max(
+                conds.together(positive, step.percent_of(step.level)) for step in steps),
         )
         for title, edit in edits.values():
             check_edit(title, edit, setup.sites, network)
