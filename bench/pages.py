@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -90,25 +91,30 @@ def edit(found: dict, names: dict[str, str]) -> str:
 TABLES = {"guidance": guidance, "edit": edit}
 
 
+@cache
+def results(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
 def filled(text: str) -> str:
     """A page with every mark's figures."""
     def told(match: re.Match) -> str:
         begin, name, which, end = match.groups()
-        found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
         names = dict(part.split(" = ") if " = " in part else (part, part) for part in which.split(" | "))
-        return f"{begin}\n{TABLES[name](found, names)}\n\n{end}"
+        return f"{begin}\n{TABLES[name](results(name), names)}\n\n{end}"
 
     return MARK.sub(told, text)
 
 
-def stale() -> list[Path]:
-    """The pages that say something else than the results."""
-    return [file for file in sorted(DOCS.glob("*.md")) if (t := file.read_text(encoding="utf-8")) != filled(t)]
+def stale() -> dict[Path, str]:
+    """The pages that say something else than the results, and what they should say."""
+    texts = {file: file.read_text(encoding="utf-8") for file in sorted(DOCS.glob("*.md"))}
+    return {file: new for file, text in texts.items() if (new := filled(text)) != text}
 
 
 def write() -> None:
-    for file in stale():
-        file.write_text(filled(file.read_text(encoding="utf-8")), encoding="utf-8")
+    for file, text in stale().items():
+        file.write_text(text, encoding="utf-8")
         print(f"{file.relative_to(ROOT)} has new figures")
 
 
