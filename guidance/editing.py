@@ -14,6 +14,7 @@ from .contract import GuidanceError, Setup, Step
 
 log = logging.getLogger("rudder")
 
+SAME = 0.01  # a noise mask scales its rows' noise by a fraction of a percent
 PURE_NOISE = 0.01  # percent of the timesteps before which a run starts from noise
 WAY_OUT = "Wire the positive, the LATENT and the prompts of one 'Source and Edits' (RudderEditBatch) to one sampler."
 
@@ -44,13 +45,19 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a is b or a.shape == b.shape and torch.equal(a.to(b), b)
 
 
-def check_rows(title: str, edit: EditPrompts, step: Step) -> None:
-    """Refuse another batch than that of the prompts. ``step.x`` is empty before the run starts."""
-    if step.x.numel() and len(step.x) != edit.rows:
+def check_rows(title: str, edit: EditPrompts, step: Step, state: dict) -> None:
+    """Refuse another batch than that of the prompts. ``step.x`` is empty before the run starts. Of one run's ``state``
+    only the first call looks at the noise: a solver may ask again within the first step, where edits have left the
+    source."""
+    if not step.x.numel():
+        return
+    if len(step.x) != edit.rows:
         raise GuidanceError(f"{title}: the latent batch holds {len(step.x)} pictures, and the prompts are a source and "
                             f"{edit.rows - 1} edits of it, {edit.rows} rows. {WAY_OUT}")
-    at_start = step.x.numel() and step.index == 0 and step.percent_of(step.level) < PURE_NOISE
-    if at_start and not all(torch.equal(row, step.x[0]) for row in step.x[1:]):
+    at_start = "rows looked at" not in state and step.percent_of(step.level) < PURE_NOISE
+    state["rows looked at"] = True
+    source = step.x[:1]
+    if at_start and bool((step.x - source).abs().amax() > SAME * source.abs().amax()):
         raise GuidanceError(f"{title}: the rows of the batch start from different noise, so the edits would be other "
                             f"pictures. {WAY_OUT} A noise node must heed the latent's batch index.")
 

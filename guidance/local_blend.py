@@ -69,7 +69,7 @@ class LocalBlend(Guidance):
         check_positive(self.title, self.edit, setup)
 
     def edits(self, step: Step) -> Edits:
-        check_rows(self.title, self.edit, step)
+        check_rows(self.title, self.edit, step, step.state(self))
         state, lengths = step.state(self), [self.edit.length(row) for row in range(self.edit.rows)]
         return [(WordMaps(blocks=self.blocks, columns=self.columns, lengths=lengths, tokens=self.tokens,
                           maps=state.setdefault("maps", {}), seen=state.setdefault("seen", {})), ("cond",))]

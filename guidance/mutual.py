@@ -83,5 +83,5 @@ class MasaCtrl(Guidance):
         require_source(self.title, step)
         if self.seen is None:
             return [(self.shared, ())]
-        check_rows(self.title, self.edit, step)
+        check_rows(self.title, self.edit, step, step.state(self))
         return [(self.shared, ()), (self.seen, ("cond",))]

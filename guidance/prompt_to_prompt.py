@@ -99,7 +99,7 @@ class PromptToPrompt(Guidance):
                                 "to words to take over. Raise self_end (0.2 is usual), or give words a weight.")
 
     def edits(self, step: Step) -> Edits:
-        check_rows(self.title, self.edit, step)
+        check_rows(self.title, self.edit, step, step.state(self))
         out, state, device = [], step.state(self), step.x.device
         check_sizes(self.title, "self_tokens", self.self_tokens, step, state.get("layout"), " Or set self_end to 0.")
         if step.before(max([self.cross_end, *(end for _, end in self.ends)])):

@@ -98,6 +98,12 @@ class Attention:
         if not acting:
             return executor(x, t, *args, **kwargs)
         model, rows = executor.class_obj.diffusion_model, len(x)
+        if family(model) is None:
+            raise GuidanceError(
+                f"{acting[0][0].title}: a node on this MODEL (Torch Compile Model?) puts another network "
+                f"({type(model).__name__}) in the place of its own while it runs, and Rudder cannot reach the "
+                "attention in it. Remove that node."
+            )
         if id(model) not in self.taps:
             self.taps[id(model)] = taps_of(model)
         samples = len(x) // len(roles)

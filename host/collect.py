@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import comfy.sample
 import torch
 from torch import Tensor
+
+# What an empty latent says of its cells. ComfyUI 0.18 knows the first alone.
+RATIOS = [key for key in ("downscale_ratio_spacial", "downscale_ratio_temporal")
+          if key in inspect.signature(comfy.sample.fix_empty_latent_channels).parameters]
+
+
+def empty_as_sampled(model: Any, latent: dict) -> Tensor:
+    """The samples of a LATENT as KSampler takes them: an empty one with the cells and channels of this model."""
+    ratios = {key: latent[key] for key in RATIOS if key in latent}
+    return comfy.sample.fix_empty_latent_channels(model, latent["samples"], **ratios)
 
 
 def predictions(
@@ -28,7 +39,7 @@ def predictions(
 
     model = model.clone()
     model.set_model_sampler_post_cfg_function(keep, disable_cfg1_optimization=True)
-    image = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+    image = empty_as_sampled(model, latent)
     noise = comfy.sample.prepare_noise(image, seed, latent.get("batch_index"))
     comfy.sample.sample(
         model, noise, steps, cfg, sampler, scheduler, positive, negative, image, denoise=denoise,

@@ -12,6 +12,7 @@ import torch
 
 from ..attention.contract import AttentionEdit
 from ..guidance.contract import Edits, Guidance, GuidanceError, Step
+from .collect import empty_as_sampled
 from .conds import lies_in
 from .patch import add_guidance
 from .run import KEY
@@ -41,7 +42,7 @@ def look(
     watched = model.clone()
     watched.model_options.pop(KEY, None)
     watched = add_guidance(watched, Watch(watching=tuple(watching)))
-    image = comfy.sample.fix_empty_latent_channels(model, latent["samples"], latent.get("downscale_ratio_spacial"))
+    image = empty_as_sampled(model, latent)
     noise = comfy.sample.prepare_noise(image, seed, latent.get("batch_index"))
     sampling = model.get_model_object("model_sampling")
     level = min(max(float(sampling.percent_to_sigma(percent)), float(sampling.sigma_min)), float(sampling.sigma_max))

@@ -25,10 +25,12 @@ from ..guidance.space import Parametrisation
 from ..inversion.cfg_pp import CFGPP
 from ..inversion.solver import Denoiser
 from ..inversion.w2sd import W2SD
+from .conds import frozen_schedules
 from .run import parametrisation_of, plan_of
 
 log = logging.getLogger("rudder")
 
+DRESS = ("object_patches", "injections", "weight_wrapper_patches")  # what a load puts on beside the patches of weights
 NOISE_SEED = 1  # added to the run's seed: the seed itself drew the noise that the run started from
 
 
@@ -51,10 +53,11 @@ def sample_cfg_pp(model: Any, x: Tensor, sigmas: Tensor, extra_args: dict, callb
         noise_of(x, extra_args.get("seed"), getattr(model_sampling, "noise_scale", 1.0)),
         reporter(sigmas, callback, disable),
     )  # fmt: skip
-    log.info(
-        "Rudder: %s: lambda %g was a guidance weight of %.2f to %.2f; the sampler's cfg (%g) does not count",
-        method.title, method.strength, min(predict.weights), max(predict.weights), guider.cfg,
-    )
+    if predict.weights:  # a run without steps has none
+        log.info(
+            "Rudder: %s: lambda %g was a guidance weight of %.2f to %.2f; the sampler's cfg (%g) does not count",
+            method.title, method.strength, min(predict.weights), max(predict.weights), guider.cfg,
+        )
     return out
 
 
@@ -190,11 +193,21 @@ def sample_w2sd(model: Any, x: Tensor, sigmas: Tensor, extra_args: dict, callbac
             "reflect. Lower weak_cfg (official: 1 with cfg 5.5), or wire a weak_guider."
         )
     at = AtWeight(model, extra_args, method.title)
-    return solve(strong, lambda x, sigma: at(x, sigma, method.weak_cfg)[0])
+    return solve(strong, ahead(guider, lambda x, sigma: at(x, sigma, method.weak_cfg)[0]))
 
 
 def denoiser(model: Any, extra_args: dict) -> Denoiser:
     return lambda x, sigma: model(x, x.new_full([len(x)], sigma), **extra_args)
+
+
+def ahead(guider: samplers.CFGGuider, weak: Denoiser) -> Denoiser:
+    """``weak``, which is asked at the next noise level, with scheduled hooks of the ``guider`` where this step has
+    them: the host only moves them onwards, and the step that counts is still to come."""
+    def on(x: Tensor, sigma: float) -> Tensor:
+        with frozen_schedules(guider.conds.values(), x.new_tensor(sigma)):
+            return weak(x, sigma)
+
+    return on
 
 
 def beside(other: samplers.CFGGuider, model: Any, extra_args: dict, sigmas: Tensor, title: str, x: Tensor,
@@ -209,18 +222,21 @@ def beside(other: samplers.CFGGuider, model: Any, extra_args: dict, sigmas: Tens
     check_pair(guider, other, title)
     own, patcher = guider.model_patcher, other.model_patcher.clone()
     shared = patcher.is_clone(own)
-    if not shared:
-        patcher.set_additional_models("rudder_sampled", [own])
+    # The host keeps what one call loads: the strong side's ControlNets and second models must outlive this one.
+    patcher.set_additional_models("rudder_sampled", [*([] if shared else [own]), *guider.loaded_models])
 
     def both(weak: Denoiser) -> Tensor:
-        return solve(resident(own, strong), resident(patcher, weak)) if shared else solve(strong, weak)
+        weak = ahead(guider, weak)
+        return solve(resident(own, patcher, strong), resident(patcher, own, weak)) if shared else solve(strong, weak)
 
-    inner = Inner(model, extra_args.get("denoise_mask"), both)
+    mask = extra_args.get("denoise_mask")
+    inner = Inner(model, mask, both)
     other = copy.copy(other)  # the user's GUIDER stays as it is
     other.model_patcher = patcher
     latent = guider.inner_model.process_latent_out(model.latent_image)
-    other.sample(torch.zeros_like(x), latent, inner, sigmas, denoise_mask=extra_args.get("denoise_mask"),
-                 disable_pbar=True, seed=extra_args.get("seed"))
+    one = None if mask is None else mask[:, :1]  # as a user wires it: the host repeats it for the channels
+    other.sample(torch.zeros_like(x), latent, inner, sigmas, denoise_mask=one, disable_pbar=True,
+                 seed=extra_args.get("seed"))
     return inner.result
 
 
@@ -240,18 +256,35 @@ def check_pair(guider: samplers.CFGGuider, other: samplers.CFGGuider, title: str
             f"{title}: the weak_guider's MODEL ({kinds[1]}) does not share the latents of the sampler's ({kinds[0]}). "
             "Use two models of one family, such as SD1.5 and a fine-tune of it."
         )
+    shapes = [c["model_conds"]["latent_shapes"].cond for c in guider.conds["positive"]
+              if "latent_shapes" in c.get("model_conds", {})]
+    if shapes and len(shapes[0]) > 1:
+        raise GuidanceError(
+            f"{title}: this latent holds {len(shapes[0])} parts (video and audio), and a second guider can be asked "
+            "about one only. Remove the weak_guider and set weak_cfg instead."
+        )
 
 
-def resident(patcher: Any, predict: Denoiser) -> Denoiser:
-    """``predict`` with the weights that ``patcher`` wants, where another on the same model may have put its own."""
+def resident(patcher: Any, other: Any, predict: Denoiser) -> Denoiser:
+    """``predict`` with the weights and patches that ``patcher`` wants, where ``other`` on the same model may have put
+    its own."""
+    dressed = any(differ(getattr(patcher, kind, {}), getattr(other, kind, {})) for kind in DRESS)
+
     def on(x: Tensor, sigma: float) -> Tensor:
-        if patcher.model.current_weight_patches_uuid != patcher.patches_uuid:
+        model = patcher.model
+        if model.current_weight_patches_uuid != patcher.patches_uuid or dressed and model.current_patcher is other:
             needed = patcher.memory_required([2 * len(x), *x.shape[1:]])
             comfy.model_management.load_models_gpu([patcher], memory_required=needed)
         patcher.model.current_patcher = patcher
         return predict(x, sigma)
 
     return on
+
+
+def differ(a: dict, b: dict) -> bool:
+    """Whether two of a patcher's dictionaries hold other objects."""
+    return a.keys() != b.keys() or any(
+        a[key] != b[key] if isinstance(a[key], list) else a[key] is not b[key] for key in a)
 
 
 class Inner(samplers.Sampler):

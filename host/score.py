@@ -95,6 +95,7 @@ class ClipScorer:
     vision: Any
     text: Tensor
     decode: Decoder
+    vae: Any = None
 
     def __call__(self, x0: Tensor, step: Step) -> Tensor:
         pictures = self.vision.encode_image(self.decode(x0)).image_embeds
@@ -102,7 +103,7 @@ class ClipScorer:
 
     def models(self) -> list:
         """What must be loaded beside the model that is sampled."""
-        return [self.vision.patcher]
+        return [self.vision.patcher, *([] if self.vae is None else [self.vae.patcher])]
 
 
 def clip_scorer(clip: Any, vision: Any, text: str, latent_format: Any, vae: Any = None) -> ClipScorer:
@@ -113,7 +114,8 @@ def clip_scorer(clip: Any, vision: Any, text: str, latent_format: Any, vae: Any 
         raise GuidanceError("'clip_vision' is no CLIP: it has no features that a text can be compared with (DINO and "
                             "SigLIP do not). Load a CLIP ViT-L, ViT-H or ViT-bigG vision model.")
     features = text_features(clip, text, embeds.shape[-1])
-    return ClipScorer(vision, features, preview(latent_format) if vae is None else decoder(vae, latent_format))
+    decode = preview(latent_format) if vae is None else decoder(vae, latent_format)
+    return ClipScorer(vision, features, decode, vae)
 
 
 def judge_scorer(caption: str, latent_format: Any, vae: Any) -> JudgeScorer:

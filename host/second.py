@@ -16,6 +16,8 @@ from torch import Tensor
 from ..guidance.contract import GuidanceError
 
 Conds = list[dict]
+WHERE = {"area", "strength", "mask", "mask_strength", "set_area_to_bounds", "timestep_start", "timestep_end", "control",
+         "uuid"}  # of an entry: where and when it acts, not what it says
 WIDTHS = {"context_dim": "text features", "context_in_dim": "text features", "adm_in_channels": "pooled features",
           "vec_in_dim": "pooled features"}
 
@@ -45,7 +47,9 @@ def companion(model: Any, other: Any, name: str) -> Any:
         )
     factory, arguments, *index = other.cached_patcher_init
     fresh = factory(*arguments)
-    return other.clone(model_override=(fresh[index[0]] if index else fresh).get_clone_model_override())
+    copy = other.clone(model_override=(fresh[index[0]] if index else fresh).get_clone_model_override())
+    copy.hook_backup = {}  # clones share it: the copy would put back the model's weights into its own, and forget them
+    return copy
 
 
 def check_pair(model: Any, other: Any, name: str) -> None:
@@ -65,6 +69,14 @@ def check_pair(model: Any, other: Any, name: str) -> None:
         widths = [config.get(key) for config in configs]
         if None not in widths:
             both(f"{what} of width", *widths, "They need different text encoders; use two models of one family.")
+
+
+def told(entry: dict, conds: Conds) -> dict:
+    """``entry``, with the prompt that it shows the model. The host copies an area of another role to these conds: such
+    a copy still holds the other's prompt, and shows what one of ``conds`` does, which come before it."""
+    features = {id(value) for value in entry["model_conds"].values()}
+    source = next((one for one in conds if features & {id(value) for value in one["model_conds"].values()}), entry)
+    return source | {key: entry[key] for key in WHERE & set(entry)} if source is not entry else entry
 
 
 class SecondModel:
@@ -87,7 +99,7 @@ class SecondModel:
 
     def encoded(self, conds: Conds, noise: Tensor, role: str, **what) -> Conds:
         """``conds``, processed for the first model, with what this model makes of them in place of what that made."""
-        bare = [{**entry, "model_conds": {}} for entry in conds]
+        bare = [{**told(entry, conds), "model_conds": {}} for entry in conds]
         for entry in bare:
             entry.pop("hooks", None)  # LoRA hooks are registered with the first model
         return samplers.encode_model_conds(

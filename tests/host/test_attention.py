@@ -13,6 +13,7 @@ import comfy.hooks
 import comfy.model_management
 import pytest
 import torch
+from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_hypertile import HyperTile
 from comfy_extras.nodes_tomesd import TomePatchModel
 
@@ -66,6 +67,14 @@ def run(model, family, *methods, **options):
     for method in methods:
         model = add_guidance(model, method)
     return sample(model, family, POSITIVE, NEGATIVE, **options)
+
+
+def test_a_compiled_network_is_named(family, network):
+    """Core's node puts it in the place of the network after every check."""
+    model = add_guidance(network, Editing(edit=Same()))
+    set_torch_compile_wrapper(model, backend="eager")
+    with pytest.raises(GuidanceError, match="Torch Compile Model"):
+        sample(model, family, POSITIVE, NEGATIVE, steps=1)
 
 
 @pytest.mark.parametrize("on", [(), ("cond",), ("uncond",)], ids=str)

@@ -299,10 +299,29 @@ def test_hooks_areas_and_images_with_another_model(model, kind, bad):
     hooks = comfy.hooks.create_hook_lora(lora(model, 1), 1.0, 1.0)
     assert not torch.equal(sample(patched, kind, having(POSITIVE, hooks=hooks), NEGATIVE), plain)
     assert torch.equal(sample(patched, kind, POSITIVE, NEGATIVE), plain)
+    hooked = [having(part, hooks=comfy.hooks.create_hook_lora(lora(model, 1), 1.0, 1.0)) for part in
+              (POSITIVE, NEGATIVE)]
+    sample(patched, kind, *hooked)  # to its end with the LoRA in the weights
+    assert torch.equal(sample(patched, kind, POSITIVE, NEGATIVE), plain)
     parts = POSITIVE + having(conditioning(4), area=(4, 8, 0, 0), strength=1.0)
     image, mask = torch.randn(latent(kind).shape), torch.ones(1, 64, 64)
     run = sample(patched, kind, parts, NEGATIVE, image=image, denoise=0.7, noise_mask=mask)
     assert run.isfinite().all()
+
+
+def test_the_other_model_is_told_the_positive_alone(model, kind, bad, monkeypatch):
+    """Also where the host copies an area of the negative to it."""
+    told, own = [], bad.model.extra_conds
+
+    def spy(**given):
+        told.append((given["cross_attn"], given.get("area")))
+        return own(**given)
+
+    monkeypatch.setattr(bad.model, "extra_conds", spy)
+    parts = NEGATIVE + having(conditioning(4), area=(4, 4, 0, 0), strength=1.0)
+    sample(wired(model, AutoGuidance(bad=bad)), kind, POSITIVE, parts, steps=1)
+    assert [area for _, area in told] == [None, (4, 4, 0, 0)]
+    assert all(torch.equal(text, POSITIVE[0][0]) for text, _ in told)
 
 
 def test_an_interrupted_run_leaves_no_trace(model, kind, bad):

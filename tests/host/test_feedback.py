@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import comfy.model_management as management
 import comfy.sd
@@ -43,7 +45,7 @@ from rudder.nodes.guidance_feedback import (
 )
 from rudder.nodes.guidance_more import RudderAdaptiveGuidance
 
-from .models import calls, latent, sample, tiny_wan
+from .models import CHANNELS, calls, latent, sample, tiny_wan
 from .registry import NEGATIVE, POSITIVE
 from .test_methods import call
 
@@ -89,6 +91,12 @@ def test_collected_predictions_are_those_of_the_run(model, kind):
     assert levels.tolist() == [step["sigma"] for step in steps]
     norms = torch.linalg.vector_norm((levels[0] * (cond - uncond))[0].flatten(1), dim=1)
     torch.testing.assert_close(norms, torch.tensor(steps[0]["guidance_norm"]), rtol=1e-4, atol=1e-4)
+
+
+def test_an_empty_latent_is_collected_in_the_cells_of_the_model(model, kind):
+    given = {"samples": torch.zeros(1, 4, 4, 4), "downscale_ratio_spacial": 16}  # these models have cells of 8 pixels
+    _, conds, _ = predictions(model, POSITIVE, NEGATIVE, given, 7, 2, 4.0, "euler", "normal")
+    assert conds.shape[1:] == (1, CHANNELS[kind], 8, 8)
 
 
 def test_fitted_coefficients_come_nearer_to_plain_guidance_than_a_held_push(model, kind):
@@ -207,6 +215,8 @@ def test_weights_are_chosen_per_picture_and_cost_nothing(model, kind):
 def test_clip_scores_candidates(model, kind):
     (scorer,) = call(RudderCLIPScorer, model=model, clip=text(), clip_vision=vision(64), text="a red circle")
     assert isinstance(scorer, ClipScorer) and scorer.text.shape == (1, 64)
+    vae = SimpleNamespace(patcher=model)
+    assert replace(scorer, vae=vae).models() == [scorer.vision.patcher, model]  # else the host may unload the sampled
     with_preview = scorer.decode(latent(kind, 2) + 0.1)
     assert with_preview.shape == (2, 8, 8, 3) and 0 <= with_preview.min() and with_preview.max() <= 1
     counted, seen = calls(model)

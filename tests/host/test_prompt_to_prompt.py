@@ -215,6 +215,23 @@ def test_other_batches_and_positives_are_refused(family, network):
             run(network, family, positive, *methods, noise=comfy.sample.prepare_noise(latent(family, 2), 7))
 
 
+@pytest.mark.parametrize("sampler, scheduler", [("dpm_2", "beta"), ("dpm_adaptive", "normal")])
+def test_a_second_look_in_the_first_step_is_no_other_noise(family, network, sampler, scheduler):
+    positive, prompts = batch(SOURCE, CAT)
+    steps = 20 if sampler == "dpm_2" else 4
+    model, image = add_guidance(network, p2p(prompts)), torch.zeros(2, latent(family).shape[1], 8, 8)
+    noise = comfy.sample.prepare_noise(image, 7, [0, 0])
+    out = comfy.sample.sample(model, noise, steps, 4.0, sampler, scheduler, positive, NEGATIVE, image,
+                              disable_pbar=True, seed=7)
+    assert out.isfinite().all()
+
+
+def test_rows_with_masks_of_their_own_start_from_one_noise(family, network):
+    positive, prompts = batch(SOURCE, CAT)
+    mask = torch.stack((torch.zeros(1, 8, 8), torch.ones(1, 8, 8)))
+    assert run(network, family, positive, p2p(prompts), noise_mask=mask).isfinite().all()
+
+
 def test_what_cannot_act_says_so(family, network):
     positive, prompts = batch(SOURCE, CAT)
     unknown = EditPrompts(prompts.texts, ((), ()), prompts.features)

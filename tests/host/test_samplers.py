@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import comfy.hooks
+import comfy.model_management
 import comfy.patcher_extension as ext
 import comfy.samplers
 import comfy.sd
 import comfy_extras.nodes_custom_sampler as custom
 import pytest
 import torch
+from comfy.conds import CONDConstant
 
+from rudder.guidance.autoguidance import AutoGuidance
 from rudder.guidance.contract import Guidance, GuidanceError, Step
 from rudder.guidance.trace import Recorder, Trace
 from rudder.host import add_guidance
 from rudder.host.run import parametrisation_of
-from rudder.host.samplers import cfg_pp, w2sd
+from rudder.host.samplers import cfg_pp, check_pair, w2sd
 from rudder.inversion.cfg_pp import CFGPP, SOLVERS, weight
 from rudder.inversion.w2sd import W2SD
 from rudder.nodes.samplers import RudderCFGPP, RudderW2SD
 
-from .models import CHANNELS, MODELS, calls, conditioning, latent, lora, tiny_flux, tiny_unet, tiny_wan
+from .models import CHANNELS, MODELS, calls, conditioning, having, latent, lora, tiny_flux, tiny_unet, tiny_wan
 from .registry import METHODS, NEGATIVE, POSITIVE, evaluations, fitted
 
 STEPS, SEED, LAMBDA = 4, 7, 0.6
@@ -260,6 +264,12 @@ def test_a_step_that_another_node_skips_is_refused(model, kind):
         sampled(patched, ours(), kind)
 
 
+def test_a_run_without_steps_gives_the_latent_back(model, kind):
+    image, none = torch.randn(latent(kind).shape), levels(model)[-1:]
+    run, host = (sampled(model, sampler, kind, image=image, sigmas=none) for sampler in (ours(), "euler"))
+    assert torch.equal(run, host)
+
+
 def test_flipped_sigmas_are_refused(model, kind):
     with pytest.raises(GuidanceError, match="sigmas must fall"):
         sampled(model, ours(), kind, sigmas=levels(model).flip(0)[1:])
@@ -341,6 +351,69 @@ def test_a_lora_at_two_strengths_on_one_base_is_that_of_two_bases(kind):
     close(sampled(base, "euler", kind), reference, rtol=1e-5, atol=1e-5)  # the patches are gone again
 
 
+class Louder(torch.nn.Module):
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 1.3 * self.inner(x)
+
+
+def louder(model, kind: str):
+    """What a node does that puts another module in the place of one."""
+    name = {"unet": "diffusion_model.out.2", "flux": "diffusion_model.final_layer.linear"}[kind]
+    patched = model.clone()
+    patched.add_object_patch(name, Louder(model.get_model_object(name)))
+    return patched
+
+
+def test_a_patched_object_on_one_base_is_that_of_two_bases(kind):
+    base, other = MODELS[kind](), MODELS[kind]()
+    reference = sampled(base, "euler", kind)
+    for strong, weak in ((True, False), (False, True)):
+        one = louder(base, kind) if strong else base
+        apart = sampled(one, w2sd(W2SD(), guider_of(louder(other, kind) if weak else other)), kind)
+        together = sampled(one, w2sd(W2SD(), guider_of(louder(base, kind) if weak else base)), kind)
+        close(together, apart, rtol=1e-4, atol=1e-4)
+    close(sampled(base, "euler", kind), reference, rtol=1e-5, atol=1e-5)
+
+
+def test_what_the_strong_side_needs_is_loaded_with_the_weak_one(model, kind, monkeypatch):
+    loads, load = [], comfy.model_management.load_models_gpu
+    watch = lambda models, *args, **kwargs: (loads.append(models), load(models, *args, **kwargs))  # noqa: E731
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", watch)
+    bad = with_lora(MODELS[kind](), 1.0)
+    for weak in (model, MODELS[kind]()):
+        loads.clear()
+        sampled(add_guidance(model, AutoGuidance(bad=bad)), w2sd(W2SD(), guider_of(weak)), kind)
+        assert {m.model for m in loads[1]} == {model.model, bad.model, weak.model}
+
+
+@pytest.mark.parametrize("own_guider", [False, True])
+def test_the_weak_side_does_not_move_scheduled_hooks_on(model, kind, own_guider):
+    found = []
+    for reflects in (False, True):
+        hooks, keyframes = comfy.hooks.create_hook_lora(lora(model, 1), 1.0, 1.0), comfy.hooks.HookKeyframeGroup()
+        keyframes.add(comfy.hooks.HookKeyframe(strength=1.0, start_percent=0.0))
+        keyframes.add(comfy.hooks.HookKeyframe(strength=0.0, start_percent=0.5))
+        hooks.set_keyframes_on_hooks(keyframes)
+        positive, strengths = having(POSITIVE, hooks=hooks), {}
+
+        class Watch(Guidance):
+            def finish(self, step, x0, hook=hooks.hooks[0], strengths=strengths):
+                strengths[step.level] = hook.strength  # the last call at a level is the one that counts
+                return x0
+
+        watched = add_guidance(model, Watch())
+        sampler = w2sd(W2SD(), guider_of(model, 1.0, positive) if own_guider else None) if reflects else "euler"
+        sampler = comfy.samplers.sampler_object(sampler) if isinstance(sampler, str) else sampler
+        custom.SamplerCustom.execute(watched, True, SEED, 4.0, positive, NEGATIVE, sampler, levels(model, 6),
+                                     {"samples": latent(kind)})
+        found.append(strengths)
+    assert found[0] == found[1] and set(found[0].values()) == {0.0, 1.0}
+
+
 def test_equal_sides_are_almost_euler(model, kind):
     """The rest is of second order in the steps, so it falls when they get shorter."""
     def rest(steps: int) -> float:
@@ -375,11 +448,11 @@ def test_the_weak_side_is_told_the_noise_mask_too(monkeypatch):
             told.setdefault(name, []).append(given.get("denoise_mask"))
             return own(**given)
         monkeypatch.setattr(model.model, "extra_conds", spy)
-    mask = torch.zeros(1, 1, 8, 8)
-    mask[..., 4:] = 1.0
-    sampled(strong, w2sd(W2SD(), guider_of(weak, 1.0)), "unet", image=torch.randn(1, 4, 8, 8), noise_mask=mask)
+    mask = torch.zeros(2, 1, 8, 8)
+    mask[0, ..., 4:] = mask[1, ..., :2] = 1.0
+    sampled(strong, w2sd(W2SD(), guider_of(weak, 1.0)), "unet", image=torch.randn(2, 4, 8, 8), noise_mask=mask)
     for masks in told.values():
-        assert all(torch.equal(m[:1, :1].cpu(), mask) for m in masks)
+        assert all(torch.equal(m[:, :1].cpu(), mask) for m in masks)
     assert set(told) == {"strong", "weak"}
 
 
@@ -400,6 +473,10 @@ def test_pairs_that_cannot_reflect_are_refused(model, kind):
         sampled(add_guidance(model, METHODS["CFG"].method), w2sd(W2SD()), kind)
     with pytest.raises(GuidanceError, match="none of the 4 steps is reflected"):
         sampled(model, w2sd(W2SD(start=0.999)), kind)
+    guider, shapes = guider_of(model), CONDConstant([(1, 4, 8, 8), (1, 4, 5, 3)])
+    guider.conds = {"positive": [{"model_conds": {"latent_shapes": shapes}}]}  # as the host says it of LTX with sound
+    with pytest.raises(GuidanceError, match="holds 2 parts"):
+        check_pair(guider, guider_of(model), "W2SD")
     guider = guider_of(model, 4.0)
     with pytest.raises(GuidanceError, match="the sampler's own guider"):
         advanced(guider, w2sd(W2SD(), guider), kind, model)
