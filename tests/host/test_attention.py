@@ -24,8 +24,8 @@ from rudder.guidance.r2f import R2F
 from rudder.host import add_guidance
 from rudder.host.sites import sites_of
 
-from .models import CHANNELS, MODELS, calls, conditioning, evaluate, having, lora, sample
-from .registry import NEGATIVE, POSITIVE, prompt
+from .models import CHANNELS, MODELS, calls, conditioning, evaluate, having, lora, sample, tiny_flux
+from .registry import METHODS, NEGATIVE, POSITIVE, prompt
 from .test_branches import one_forward_a_cond
 from .test_conditioning import Control
 from .test_methods import by_guider, by_ksampler
@@ -75,6 +75,14 @@ def test_a_compiled_network_is_named(family, network):
     set_torch_compile_wrapper(model, backend="eager")
     with pytest.raises(GuidanceError, match="Torch Compile Model"):
         sample(model, family, POSITIVE, NEGATIVE, steps=1)
+
+
+def test_other_methods_run_in_a_compiled_network():
+    plain = add_guidance(tiny_flux(), METHODS["AAPB"].method)
+    compiled = plain.clone()
+    set_torch_compile_wrapper(compiled, backend="eager")
+    runs = [sample(model, "flux", POSITIVE, NEGATIVE, steps=2) for model in (plain, compiled)]
+    torch.testing.assert_close(*runs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("on", [(), ("cond",), ("uncond",)], ids=str)
