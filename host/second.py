@@ -76,7 +76,7 @@ def told(entry: dict, conds: Conds) -> dict:
     a copy still holds the other's prompt, and shows what one of ``conds`` does, which come before it."""
     features = {id(value) for value in entry["model_conds"].values()}
     source = next((one for one in conds if features & {id(value) for value in one["model_conds"].values()}), entry)
-    return source | {key: entry[key] for key in WHERE & set(entry)} if source is not entry else entry
+    return {k: v for k, v in source.items() if k not in WHERE} | {k: v for k, v in entry.items() if k in WHERE}
 
 
 class SecondModel:

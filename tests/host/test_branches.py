@@ -19,6 +19,7 @@ from rudder.guidance.instruct import InstructGuidance
 from rudder.guidance.r2f import R2F
 from rudder.guidance.trace import QUANTITIES, Recorder, Trace
 from rudder.host import add_guidance, plan_of
+from rudder.host.second import told
 from rudder.nodes.guidance_models import RudderANSWER, RudderAutoGuidance, RudderInstruct
 
 from .models import (
@@ -322,6 +323,15 @@ def test_the_other_model_is_told_the_positive_alone(model, kind, bad, monkeypatc
     sample(wired(model, AutoGuidance(bad=bad)), kind, POSITIVE, parts, steps=1)
     assert [area for _, area in told] == [None, (4, 4, 0, 0)]
     assert all(torch.equal(text, POSITIVE[0][0]) for text, _ in told)
+
+
+def test_what_a_copied_area_says_and_where_it_acts():
+    """It says what one of these conds does, and acts where the other's area does: not in the mask of the one."""
+    features = {"c_crossattn": object()}
+    mine = {"cross_attn": "mine", "mask": "of mine", "model_conds": features, "uuid": 1}
+    copied = {"cross_attn": "other", "area": (4, 4, 0, 0), "model_conds": {**features}, "uuid": 2}
+    assert told(mine, [mine, copied]) == mine
+    assert told(copied, [mine, copied]) == {**copied, "cross_attn": "mine"}
 
 
 def test_an_interrupted_run_leaves_no_trace(model, kind, bad):
