@@ -7,12 +7,14 @@ import contextlib
 import json
 import shutil
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 
 PACK = "comfyui-rudder"
+WORKFLOWS = Path(__file__).parents[2] / "workflows"
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 READY = "!!(window.app?.graph && window.LiteGraph?.registered_node_types?.RudderGuidanceSchedule)"
 DRAWN = """(async () => {
@@ -44,6 +46,24 @@ DRAWN = """(async () => {
     inputs: Object.keys(prompt[node.id].inputs),
   }
 })()"""
+
+
+HIDDEN = """(async (workflows) => {
+  const hidden = []
+  for (const [name, workflow] of Object.entries(workflows)) {
+    await app.loadGraphData(workflow)
+    await new Promise((resolve) => setTimeout(resolve, 500))  // what is drawn may make a node higher
+    const boxes = app.graph._nodes.map((node) => ({
+      name: `${node.id} (${node.type})`, left: node.pos[0], right: node.pos[0] + node.size[0],
+      top: node.pos[1] - LiteGraph.NODE_TITLE_HEIGHT, bottom: node.pos[1] + node.size[1],
+    }))
+    boxes.forEach((a, index) => boxes.slice(index + 1).forEach((b) => {
+      if (a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom)
+        hidden.push(`${name}: ${a.name} and ${b.name}`)
+    }))
+  }
+  return hidden
+})(%s)"""
 
 
 async def evaluate(socket: aiohttp.ClientWebSocketResponse, expression: str) -> Any:
@@ -97,6 +117,14 @@ def test_the_schedule_is_drawn_in_the_node_and_leaves_no_trace(comfy, tmp_path):
     assert found["widgets"] == [*widgets, "rudder_curve"] and found["inputs"] == widgets
     assert [len(values) for values in found["values"]] == [len(widgets)] * 2
     assert found["values"] == found["values_again"]
+
+
+@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium")
+def test_no_node_of_a_workflow_covers_another(comfy, tmp_path):
+    workflows = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in WORKFLOWS.glob("*.json")}
+    assert workflows
+    script = HIDDEN % json.dumps(workflows)
+    assert not asyncio.run(asyncio.wait_for(in_browser(comfy.address, script, tmp_path), 480))
 
 
 def test_the_script_is_served_and_listed(comfy):
