@@ -54,6 +54,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.n is not None and args.n < 1:
         parser.error("--n must be at least 1")
+    stems = [Path(name).stem for name in args.model]
+    if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
+        parser.error(f"--model: two models are called {', '.join(twice)}; measure them one after the other")
     prepare()
     threads = args.threads or (1 if args.quick else None)
     if threads:

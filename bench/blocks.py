@@ -133,7 +133,9 @@ def main(options: Options) -> Table:
     tag = truth.tag(cells.digest_of_judge())
     true = truth.Truth.of([p for cell in pair(PLAIN, n, ()) for p in cell.prompts], reader,
                           4 if options.quick else truth.EACH)
-    rows, plain, missing = [], {}, 0
+    if n < 4:
+        raise SystemExit("bench blocks: --n must be at least 4, or no distance of distributions can be measured.")
+    rows, plain, missing, older = [], {}, 0, []
     with cells.workplace(options) as work:
         for store in [cells.open_store(work, file, options, "blocks") for file in files(options.models)]:
             blocks = attention_of(store.painter)
@@ -144,7 +146,7 @@ def main(options: Options) -> Table:
                     for (key, name), methods in wired.items()}
             ready = cells.done(list(todo.values()), options)
             found = {which: true.see_cells(store, one.what, reader, tag) for which, one in todo.items() if one in ready}
-            missing += len(todo) - len(found)
+            missing, older = missing + len(todo) - len(found), older + store.older
             reading = [name for name, kinds in blocks.items() if kinds != ["self"]]
             where = words_of(store.painter, [*reading, ""], pictures)
             plain[store.painter.name] = found.get((PLAIN, ""))
@@ -168,6 +170,6 @@ def main(options: Options) -> Table:
         *(f"{model}: CFG has {p.accuracy:.1f} % right and a Frechet distance of {p.frechet[0]:.1f}."
           for model, p in plain.items() if p),
     ]
-    notes += cells.unpainted(missing)
+    notes += [*older, *cells.unpainted(missing)]
     return Table("blocks", "Attention blocks: where words are, and what guidance away from a block does", COLUMNS, rows,
                  notes)

@@ -10,7 +10,7 @@ import numpy as np
 
 from . import Options, Table, cells
 from .generate import files
-from .stats import mean_interval
+from .stats import share_interval
 
 CFG = (1.0, 2.0, 3.0, 4.0, 5.0, 7.0)
 #: Category of the prompt list -> the tier that it shows; the second half at the model's own cfg only.
@@ -32,7 +32,7 @@ def row(model: str, cell: cells.Cell, scores: cells.Scores) -> dict:
     mean = {k: 100 * float(np.nanmean(scores.parts[k])) for k in ("shape", "color", what)}
     more = {"diversity": scores.diversity} if scores.diversity is not None else {}
     return {"model": model, "tier": (ATTRIBUTES | OTHERS)[cell.category], "category": cell.category, "cfg": cell.cfg,
-            "n": cell.n, "accuracy": mean_interval(scores.right, scores.prompts, np.random.default_rng(0)) * 100,
+            "n": cell.n, "accuracy": share_interval(scores.right, scores.prompts, np.random.default_rng(0)) * 100,
             "shape": mean["shape"], "what": mean[what], "color": mean["color"],
             "saturation": float(np.mean(scores.saturation)), "seconds": scores.seconds, **more}
 
@@ -40,7 +40,7 @@ def row(model: str, cell: cells.Cell, scores: cells.Scores) -> dict:
 def main(options: Options) -> Table:
     from rudder.demo.judge import load
 
-    judge, tag, rows = load(), cells.digest_of_judge(), []
+    judge, tag, rows, missing, older = load(), cells.digest_of_judge(), [], 0, []
     n = options.n or (8 if options.quick else 128)
     with cells.workplace(options) as work:
         for file in files(options.models):
@@ -51,9 +51,9 @@ def main(options: Options) -> Table:
                 plan = [("frequent", own), ("property", own), ("property", 1.0)]
             mine = [cells.Cell(category, "dev", "cfg", cfg=cfg, n=n) for category, cfg in plan]
             todo = [cells.Todo.of(store, cell, cells.jobs(cell), judge, tag) for cell in mine]
-            rows += [row(store.painter.name, done.what, store.scores(done.what, judge, tag))
-                     for done in cells.done(todo, options)]
-            about = store.about
+            ready = cells.done(todo, options)
+            rows += [row(store.painter.name, done.what, store.scores(done.what, judge, tag)) for done in ready]
+            missing, older, about = missing + len(todo) - len(ready), older + store.older, store.about
     at = {(r["model"], r["category"], r["cfg"]): r["accuracy"].value for r in rows}
     for r in rows:
         control = at.get((r["model"], CONTROL.get(r["category"]), r["cfg"]))
@@ -62,7 +62,7 @@ def main(options: Options) -> Table:
     return Table("calibrate", "What the demo models draw with plain CFG", COLUMNS, rows, [
         f"Prompts like 'a spiky red crescent' of the half 'dev', {n} pictures a row, {about}. Right: shape and "
         "attribute (texture, relation) as the judge reads them. Intervals: 95 % bootstrap, clustered by prompt.",
-        *([] if options.quick else verdict(rows)),
+        *([] if options.quick else verdict(rows)), *older, *cells.unpainted(missing),
     ])
 
 

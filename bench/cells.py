@@ -32,6 +32,8 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 
+from rudder.host.demo import MODELS
+
 from . import ROOT, Options, commit, measures, rareshapes
 from .generate import Methods, Painter, Settings
 from .kept import Kept, agree, restored, rounded, whole
@@ -157,11 +159,14 @@ def workplace(options: Options) -> Iterator[Path]:
 
 
 def open_store(work: Path, file: Path, options: Options, table: str = "scores") -> Store:
-    """The store of a model file at its own settings; 6 steps when quick. What is kept of its pictures is the table's.
+    """The store of a model file at its own settings; 6 steps when quick. What is kept of its pictures is the table's,
+    in a file of its own where the model is not a shipped one or the precision another.
     """
     painter = Painter(file, options.precision)
     settings = replace(painter.settings, steps=6) if options.quick else painter.settings
-    kept = options.kept and options.kept / f"{table}-{painter.name}.json"
+    usual = file.resolve().parent == MODELS.resolve() and options.precision == Options.precision
+    name = f"{table}-{painter.name}" + ("" if usual else f"-{painter.digest}-{options.precision}")
+    kept = options.kept and options.kept / f"{name}.json"
     return Store(work, painter, settings, kept, writes=options.shard[1] == 1)
 
 
@@ -279,9 +284,13 @@ def score(images: np.ndarray, prompts: Sequence[RarePrompt], judge: Callable) ->
     return Scores(texts, right, parts, measures.saturation(pictures).tolist(), diversity)
 
 
-def first_marks(images: np.ndarray, cell: Cell, judge: Callable) -> list[float]:
-    """The marks of a cell's first pictures."""
-    return score(images, cell.prompts[:len(images)], judge).right
+def marks_of(some: Sequence[Job], judge: Callable) -> Callable[[int, np.ndarray], list[float]]:
+    """``Todo.marks`` of jobs whose pictures are one prompt each."""
+    def marks(number: int, images: np.ndarray) -> list[float]:
+        job = some[number]
+        return score(images, job.cell.prompts[job.first:job.last], judge).right
+
+    return marks
 
 
 def marks(reading: Any, prompts: Sequence[RarePrompt]) -> tuple[dict[str, list[float]], list[float]]:
@@ -292,28 +301,31 @@ def marks(reading: Any, prompts: Sequence[RarePrompt]) -> tuple[dict[str, list[f
 
 @dataclass(frozen=True)
 class Todo:
-    """A row of a table: its pictures, and the key under which what is seen of them is kept. ``marks`` are the judge's
-    of the first batch's pictures, as they stand at the beginning of the row's ``right``; ``what`` is the table's."""
+    """A row of a table: its pictures, and the key under which what is seen of them is kept. ``marks``: the judge's of
+    the pictures of the job of that number; job after job they make the row's ``right``. ``what`` is the table's."""
 
     store: Store
     key: str
     jobs: Sequence[Job]
-    marks: Callable[[np.ndarray], Sequence[float]]
+    marks: Callable[[int, np.ndarray], Sequence[float]]
     what: Any = None
 
     @classmethod
     def of(cls, store: Store, cell: Cell, some: Sequence[Job], judge: Callable, tag: str) -> Todo:
         """A single cell that is kept by ``Store.scores``."""
-        return cls(store, store.key(cell, tag), some, lambda images: first_marks(images, cell, judge), cell)
+        return cls(store, store.key(cell, tag), some, marks_of(some, judge), cell)
 
     def check(self) -> None:
-        """Whether a row that other code has painted is still true: its first batch is painted again, and a row whose
-        marks differ is dropped."""
-        row, first = self.store.kept.rows.get(self.key), self.jobs[0]
+        """Whether a row that other code has painted is still true: its first batches are painted again, until there are
+        marks of BATCH pictures, and a row is dropped whose marks differ or that has none to tell by."""
+        row, now = self.store.kept.rows.get(self.key), []
         if row and row["code"] != self.store.code:
-            if self.store.missing([first]):
-                self.store.paint(first)
-            if agree(list(self.marks(self.store.batch(first)[0])), row["right"]):
+            for number, job in enumerate(self.jobs):
+                if len(now) < BATCH:
+                    if self.store.missing([job]):
+                        self.store.paint(job)
+                    now += self.marks(number, self.store.batch(job)[0])
+            if now and agree(now, row["right"]):
                 self.store.kept.put(self.key, row | {"code": self.store.code})
             else:
                 self.store.kept.drop(self.key)

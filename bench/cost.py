@@ -376,9 +376,10 @@ def against(rows: list[dict[str, Any]]) -> list[str]:
         out += [f"{row.like}, time of a step over that of {row.name}, median and quartiles: {'; '.join(said)}."
                 ] * bool(said)
     if count:
-        out.append(f"Aim: never slower than ComfyUI's own node, to {AIM} for noise: "
-                   f"{'NOT MET by ' + ', '.join(slower) if slower else 'met'} ({count} comparisons"
-                   f"{'; undecided, because a quarter of the steps meets it: ' + ', '.join(open_) if open_ else ''}).")
+        told = [f"NOT MET by {', '.join(slower)}"] * bool(slower)
+        told += [f"undecided, because a quarter of the steps meets it, for {', '.join(open_)}"] * bool(open_)
+        out.append(f"Aim: never slower than ComfyUI's own node, to {AIM} for noise: {'; '.join(told) or 'met'} "
+                   f"({count} comparisons).")
     return out
 
 

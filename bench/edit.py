@@ -38,7 +38,7 @@ from .cells import Job, Store
 from .edits import Edit, Source
 from .generate import Methods, files
 from .memory import Peak
-from .stats import Interval, difference, mean_interval
+from .stats import Interval, difference, mean_interval, share_interval
 
 PLAIN = "plain"
 
@@ -221,8 +221,8 @@ def todo_of(store: Store, method: str, n: int, judge: Any, tag: str) -> cells.To
     """A row of one model."""
     some = families(store, method, n)
 
-    def marks(images: np.ndarray) -> list[float]:
-        return [made["success"] for _, made in judged(images, {}, some[0][0].source, judge)]
+    def marks(number: int, images: np.ndarray) -> list[float]:
+        return [made["success"] for _, made in judged(images, {}, some[number][0].source, judge)]
 
     return cells.Todo(store, f"{some[0][0].key} {n} {tag}", [family.job(methods) for family, methods in some], marks,
                       [family for family, _ in some])
@@ -258,7 +258,8 @@ def pictures(store: Store, made: Made, until: float) -> np.ndarray | None:
 
 def interval(made: Sequence[Made], what: str, factor: float = 1.0) -> Interval | None:
     known = [(value, one.source) for one in made if (value := getattr(one, what)) == value]
-    return mean_interval(*zip(*known), np.random.default_rng(0)) * factor if known else None
+    measure = share_interval if what in ("success", "changed") else mean_interval
+    return measure(*zip(*known), np.random.default_rng(0)) * factor if known else None
 
 
 def above(made: Sequence[Made], plain: Sequence[Made], what: str, factor: float = 1.0) -> Interval | None:
@@ -292,7 +293,9 @@ def main(options: Options) -> Table:
     from rudder.demo import judge
 
     reader = judge.load()
-    n = options.n or (2 if options.quick else 128)
+    n = options.n or (2 if options.quick else 64)
+    if n > len(edits.sources()):
+        raise SystemExit(f"bench edit: there are {len(edits.sources())} sources, --n cannot be more.")
     rows, sheets, left_out, missing = [], {}, {}, 0
     with cells.workplace(options) as work:
         stores = [cells.open_store(work, file, options, "edit") for file in files(options.models)]
@@ -304,7 +307,8 @@ def main(options: Options) -> Table:
             peaks = {key: memory(store, key) for key in found}
             missing += len(ROWS) - len(found)
             name = store.painter.name
-            left_out[name] = n - len({one.source for one in found.get(PLAIN, ())})
+            if PLAIN in found:
+                left_out[name] = n - len({one.source for one in found[PLAIN]})
             for kind in ("all", *edits.KINDS):
                 for key, made in found.items():
                     of = [one for one in made if kind in ("all", one.edit.kind)]
@@ -326,8 +330,8 @@ def table(rows: list[dict], sheets: dict[str, Any], options: Options, n: int, le
         "pictures.",
         "MB a picture: the most that lives at once in a run of the first family, every tensor but the weights.",
         "A low structure distance may mean that nothing was done: read it with success.",
-        "; ".join(f"{model}: {count} of {n} families left out because the source's picture is not what it says"
-                  for model, count in left_out.items()) + ".",
+        *(f"{model}: {count} of {n} families left out because the source's picture is not what it says."
+          for model, count in left_out.items()),
         *older,
     ]
     notes += cells.unpainted(missing)

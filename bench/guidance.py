@@ -378,7 +378,8 @@ def notes(found: Found, options: Options, n: int, stores: Sequence[Store], missi
         "the superclass anchor: on these prompts nothing drifts, so they show their price here, not their use.",
         "Rows without a prompt are compared with each other, at cfg 1, and have no accuracy.",
         "AutoGuidance (w 2, added to CFG above cfg 1) has the same model after less training as the worse one "
-        f"({', '.join(f'{name} at {commit}' for name, commit in companions.WORSE.items())} of this repository). "
+        f"({', '.join(f'{name} at {commit}' for name, commit in companions.WORSE.items())} of this repository). Its "
+        "own text encoder was another: told the prompts by today's, as the node does, it is worse by that too. "
         "LinearAG's coefficients are fitted at each cfg on 8 other prompts.",
         "Dynamic CFG chooses the weight itself (its row is at 7.5), by the scorer that knows no judge: scored by the "
         "judge that measures it, it would prove nothing.",
@@ -404,7 +405,7 @@ def notes(found: Found, options: Options, n: int, stores: Sequence[Store], missi
 def todo_of(store: Store, pair: list[Cell], jobs: list[cells.Job], what: Any, true: Any, reader: Any, tag: str
             ) -> cells.Todo:
     """A row: its cells as one set of pictures, against the ``truth.Truth``."""
-    return cells.Todo(store, true.key(pair, tag), jobs, lambda images: cells.first_marks(images, pair[0], reader), what)
+    return cells.Todo(store, true.key(pair, tag), jobs, cells.marks_of(jobs, reader), what)
 
 
 def todos(wanted: Sequence[tuple[str, float]], stores: Sequence[Store], n: int, made: type[Cell], *how: Any
@@ -441,7 +442,7 @@ def main(options: Options) -> Table:
 
     reader = judge.load()
     tag = truth.tag(cells.digest_of_judge())
-    n = options.n or (8 if options.quick else 256)
+    n = options.n or (8 if options.quick else 128)
     if n < 4:
         raise SystemExit("bench guidance: --n must be at least 4, or no distance of distributions can be measured.")
     with cells.workplace(options) as work:

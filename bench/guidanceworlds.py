@@ -38,6 +38,7 @@ from .stats import Interval, mean_interval
 
 NEGATIVE = {"rare": "plain frog", "overlap": "b", "image": "plain disc"}  # what 'harmful' is here
 SAMPLER = "euler"
+NOWHERE = 0.01  # inside a right mode: not more is no picture of anything
 QUICK = Plan(batches=3, size=64, steps=12, truths=5_000)
 
 
@@ -174,13 +175,14 @@ def notes(found: dict[Name, Measured], world: World) -> list[str]:
     for kind in dict.fromkeys(k for k, _, _ in found if k):
         of = {(ROWS[key].name, cfg): m for (k, key, cfg), m in found.items() if k == kind}
         points = {name: (float(np.mean(m.measures["inside"])), -float(np.mean(m.measures["coverage"])))
-                  for name, m in of.items()}
+                  for name, m in of.items() if np.mean(m.measures["inside"]) > NOWHERE}
 
         def better(a, b, of=of) -> bool:
             return of[a].above(of[b], "inside").low >= 0 >= of[a].above(of[b], "coverage").high
 
         where = seen.told(seen.standings(points, better))
-        out.append(f"Samples inside a right mode against modes kept, {kind}: {where}")
+        out.append(f"Samples inside a right mode against modes kept (rows with more than {NOWHERE:.0%} inside: the "
+                   f"others' samples lie in no mode that they could keep), {kind}: {where}")
         for key in SATURATION:
             said = []
             for cfg in (c for c in seen.HIGH if (kind, key, c) in found and (kind, PLAIN, c) in found):

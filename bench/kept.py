@@ -5,7 +5,8 @@ pictures are not: marks are a thousandth of their size), and a table grows from 
 one model, its settings and the list of prompts: of anything else it is started anew. A row belongs to its method's
 settings and code and to the judge, which are in its key. That the code of the host's side is still the same cannot be
 read off a digest, because nearly every change leaves all pictures as they were: so each row names the code that painted
-it, and `--check` paints its first batch again and drops the row if the judge now says something else.
+it, and `--check` paints its first pictures again, until there are 32 marks, and drops the row if the judge now says
+something else.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-ROOM = 2  # marks of a first batch (32) that may differ: another processor rounds otherwise
+ROOM = 2  # of 32 marks that may differ: another processor rounds otherwise
 
 
 @contextmanager

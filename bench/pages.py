@@ -78,13 +78,18 @@ def edit(found: dict, names: dict[str, str]) -> str:
     """Success and what is kept, of every kind of edit on each model."""
     at = {(r["model"], r["kind"], r["method"]): r for r in found["rows"]}
     counts = sorted({r["n"] for r in found["rows"] if r["kind"] in KINDS})
-    rows = [[f"{short}: {said}", *(f"{value(at[model, kind, name]['success'], '.0f')}, "
-                                   f"{value(at[model, kind, name]['psnr'], '.1f')}" for kind in KINDS)]
+    if not counts:
+        return "Not measured yet: `python3 dev.py bench edit`."
+
+    def told(row: dict | None) -> str:
+        return f"{value(row['success'], '.0f')}, {value(row['psnr'], '.1f')}" if row and "psnr" in row else ""
+
+    rows = [[f"{short}: {said}", *(told(at.get((model, kind, name))) for kind in KINDS)]
             for model, short in MODELS.items() if any(key[0] == model for key in at)
             for name, said in {"edited prompt, same seed": "prompt alone", **names}.items()]
-    about = (f"On the demo models (`python3 dev.py bench edit --n 64`, 64 sources, {counts[0]} to {counts[-1]} edits a "
-             "cell, judged against the world's truth), beside the edited prompt alone from the same noise: success in "
-             "%, then the PSNR of what must stay, dB.")
+    about = (f"On the demo models (`python3 dev.py bench edit`, {counts[0]} to {counts[-1]} edits a cell, judged "
+             "against the world's truth), beside the edited prompt alone from the same noise: success in %, then the "
+             "PSNR of what must stay, dB.")
     return f"{about}\n\n{table(['', *KINDS.values()], rows)}"
 
 

@@ -25,7 +25,7 @@ from rudder.guidance.space import Parametrisation
 from . import Options, Table, cells, rareshapes
 from .cells import Cell, Scores, Store
 from .generate import Methods, files
-from .stats import Interval, difference, mean_interval
+from .stats import Interval, difference, share_interval
 
 AIM = 8.0  # points of AAPB above R2F, averaged over the rare categories
 RARE = ("property", "never", "texture", "relation", "two-object")
@@ -116,7 +116,7 @@ class Found:
 
 def points(values: Sequence[float], clusters: Sequence[str]) -> Interval:
     """Mean with its interval in percent; the generator is fixed so that a table can be made again."""
-    return mean_interval(values, clusters, np.random.default_rng(0)) * 100
+    return share_interval(values, clusters, np.random.default_rng(0)) * 100
 
 
 def above(pairs: Sequence[tuple[Scores, Scores]]) -> Interval:
@@ -243,7 +243,7 @@ def notes(found: Found, rows: list[dict], options: Options, n: int, stores: Sequ
         f"among all gammas in property, and among {', '.join(map(str, GAMMAS_ELSEWHERE))} elsewhere: that favours it.",
     ]
     for row in rows:
-        if row["method"] == ROWS["aapb"].name and not options.quick:
+        if row["method"] == ROWS["aapb"].name and set(RARE) <= set(row) and not options.quick:
             for key, aim in (("r2f", AIM), ("blend", 0.0)):
                 if f"above {key}" in row:
                     gain = row[f"above {key}"]

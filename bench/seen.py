@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from . import measures
-from .stats import Interval, difference, jackknife, mean_interval, of_means
+from .stats import Interval, difference, jackknife, mean_interval, of_means, share_interval
 
 GROUPS = 8  # of prompts, for the intervals of Frechet distances
 MARGIN = 3.0  # points of accuracy: "equal accuracy" is not more than this below, with its interval
@@ -78,7 +78,7 @@ def frechets(features: np.ndarray, prompts: Sequence[str], true: np.ndarray, tru
 # ---------------------------------------------------------------- one, and one against another
 
 def accuracy(seen: Seen) -> Interval:
-    return mean_interval(seen.right, seen.prompts, generator()) * 100
+    return share_interval(seen.right, seen.prompts, generator()) * 100
 
 
 def saturation(seen: Seen) -> Interval:

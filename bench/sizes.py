@@ -23,7 +23,7 @@ from rudder.guidance.entropy import AttentionEntropy
 from . import Options, Table, cells
 from .cells import Cell, Store
 from .generate import files
-from .stats import difference, mean_interval
+from .stats import difference, share_interval
 
 SIZES = (64, 48, 96, 128)  # pixels; the first is what the models know
 CFG = 5.0
@@ -56,8 +56,8 @@ def shrunk(images: np.ndarray) -> torch.Tensor:
     return F.interpolate(pictures, (world.SIZE, world.SIZE), mode="bicubic", antialias=True).clamp(0, 1)
 
 
-def judged(images: np.ndarray, cell: Cell, judge: Callable) -> dict[str, list[float]]:
-    parts = judge(shrunk(images)).score([p.truth for p in cell.prompts[:len(images)]])
+def judged(images: np.ndarray, cell: Cell, judge: Callable, first: int = 0) -> dict[str, list[float]]:
+    parts = judge(shrunk(images)).score([p.truth for p in cell.prompts[first:first + len(images)]])
     right = [float(all(parts[name][i] == 1 for name in ("count", "shape", "attribute"))) for i in range(len(images))]
     return {"right": right, "one": parts["count"].tolist()}
 
@@ -68,7 +68,7 @@ def todo_of(store: Store, size: int, name: str, made: tuple[Guidance, ...], n: i
     cell = Cell("frequent", "dev", key, "", CFG, n, cells.code_of(made))
     jobs = cells.jobs(cell, (lambda anchor: made) if made else None)
     return cells.Todo(at(store, size), f"{cell.key} {n} {tag}", jobs,
-                      lambda images: judged(images, cell, judge)["right"], cell)
+                      lambda number, images: judged(images, cell, judge, number * cells.BATCH)["right"], cell)
 
 
 def seen_of(todo: cells.Todo, judge: Callable) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def seen_of(todo: cells.Todo, judge: Callable) -> dict[str, Any]:
 def main(options: Options) -> Table:
     from rudder.demo import judge
 
-    reader, tag, n = judge.load(), cells.digest_of_judge(), options.n or (2 if options.quick else 128)
+    reader, tag, n = judge.load(), cells.digest_of_judge(), options.n or (2 if options.quick else 48)
     rows, missing, older = [], 0, []
     with cells.workplace(options) as work:
         for store in [cells.open_store(work, file, options, "sizes") for file in files(options.models)]:
@@ -94,7 +94,7 @@ def main(options: Options) -> Table:
             for (size, name), (cell, seen) in found.items():
                 texts = [p.text for p in cell.prompts]
                 row = {"model": store.painter.name, "size": size, "method": name, "n": n, "seconds": seen["seconds"]}
-                row |= {what: mean_interval(seen[what], texts, np.random.default_rng(0)) * 100
+                row |= {what: share_interval(seen[what], texts, np.random.default_rng(0)) * 100
                         for what in ("right", "one")}
                 if name != "CFG" and (size, "CFG") in found:
                     plain = found[size, "CFG"][1]

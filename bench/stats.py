@@ -58,6 +58,16 @@ def mean_interval(
     return of_means(values[:, None], labels, rng, lambda means: means[..., 0], level=level, resamples=resamples)
 
 
+def share_interval(marks: Sequence[float], clusters: Sequence, rng: np.random.Generator, **options) -> Interval:
+    """The mean of marks that are 0 or 1, as :func:`mean_interval`. Where all of them agree a bootstrap has no width;
+    there it is the exact interval (Clopper & Pearson 1934) of as many independent marks as there are clusters."""
+    found = mean_interval(marks, clusters, rng, **options)
+    reach = 1 - ((1 - options.get("level", 0.95)) / 2) ** (1 / len(set(clusters)))
+    if found.value == 1:
+        return Interval(1.0, 1 - reach, 1.0)
+    return Interval(0.0, 0.0, reach) if found.value == 0 else found
+
+
 def of_means(
     values: np.ndarray, clusters: Sequence, rng: np.random.Generator, statistic: Callable[[np.ndarray], np.ndarray], *,
     level: float = 0.95, resamples: int = RESAMPLES,

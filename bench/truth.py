@@ -1,7 +1,9 @@
 """True renders of the prompts of a table, and what the judge sees in them: the floor of every distance.
 
-A prompt such as "a spiky red heart" leaves size, place, texture and background open. They are drawn by the world's own
-law: scenes of one object are sampled until they show what is said.
+A prompt such as "a spiky red heart" leaves size, place, texture and background open. They are drawn by the law of the
+pictures that are captioned so: scenes of one object are sampled until they show what is said, and one whose texture is
+not plain counts as seldom as a caption keeps quiet about it (of size and background captions speak alike whatever they
+are). Slips of captions are left out: the truth shows what is said.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rudder.demo import draw, world
+from rudder.demo import draw, words, world
 
 from . import ROOT, cells, measures
 from .cells import Cell, Store
@@ -26,6 +28,7 @@ from .seen import Seen, diversities, frechets
 EACH = 16  # renders of a distinct prompt, in the set that distances are measured from
 SEED = 2410_02416
 CHUNK = 40_000  # scenes sampled at a time
+QUIET = np.array([1 - words.SAID["plain" if texture == "plain" else "texture"] for texture in world.TEXTURES])
 PICTURE = (world.SIZE, world.SIZE, 3)
 Key = tuple[int, int, int]  # shape, attribute, colour
 
@@ -45,6 +48,7 @@ def renders(prompts: Sequence[RarePrompt], seed: int) -> np.ndarray:
         waiting.setdefault(said(prompt), []).append(i)
     while any(waiting.values()):
         scenes = world.sample(rng, CHUNK, pairs=0.0)
+        scenes = scenes[np.flatnonzero(rng.random(CHUNK) < QUIET[scenes.texture[:, 0]])]
         shown = zip(scenes.shape[:, 0].tolist(), scenes.attribute[:, 0].tolist(), scenes.color[:, 0].tolist())
         found = [(at, waiting[key].pop(0)) for at, key in enumerate(shown) if waiting.get(key)]
         if found:
@@ -55,8 +59,8 @@ def renders(prompts: Sequence[RarePrompt], seed: int) -> np.ndarray:
 
 def tag(judge: str) -> str:
     """Of everything that decides what is seen in a picture: the judge's digest, the world's code and this file's."""
-    code = b"".join((ROOT / file).read_bytes() for file in ("demo/world.py", "demo/draw.py", "bench/truth.py",
-                                                            "bench/seen.py", "bench/measures.py"))
+    code = b"".join((ROOT / file).read_bytes() for file in ("demo/world.py", "demo/draw.py", "demo/words.py",
+                                                            "bench/truth.py", "bench/seen.py", "bench/measures.py"))
     return hashlib.sha256(judge.encode() + code).hexdigest()[:12]
 
 

@@ -25,7 +25,7 @@ from rudder.guidance.rival import RIVAL
 from . import Options, Table, cells, measures
 from .cells import Job, Store
 from .generate import files
-from .stats import Interval, difference, mean_interval
+from .stats import Interval, difference, mean_interval, share_interval
 
 COPIES = 3  # variations of a source
 LOOK = ("color", "texture", "background")
@@ -103,8 +103,8 @@ def todo_of(store: Store, method: str, n: int, judge: Callable, tag: str) -> cel
     code = cells.code_of(ROWS[method][1])
     batches = [Batch(number, method, store.settings.cfg, code) for number in range(n)]
 
-    def marks(images: np.ndarray) -> list[float]:
-        return [one["look"] for one in judged(images, batches[0], judge)]
+    def marks(number: int, images: np.ndarray) -> list[float]:
+        return [one["look"] for one in judged(images, batches[number], judge)]
 
     return cells.Todo(store, f"{batches[0].key} {n} {tag}", [batch.job for batch in batches], marks, batches)
 
@@ -124,14 +124,14 @@ def seen_of(todo: cells.Todo, judge: Callable) -> dict[str, Any]:
 def row(model: str, method: str, seen: dict[str, Any], plain: dict[str, Any] | None, texts: Sequence[str]) -> dict:
     rng = partial(np.random.default_rng, 0)
 
-    def mean(name: str) -> Interval:
-        return mean_interval(seen[name], texts, rng())
+    def share(name: str) -> Interval:
+        return share_interval(seen[name], texts, rng()) * 100
 
     def above(name: str) -> Interval:
         return difference(seen[name], plain[name], texts, rng())
 
-    out = {"model": model, "method": ROWS[method][0], "n": len(texts), **{name: mean(name) * 100 for name in LOOK},
-           "look": mean("look") * 100, "right": mean("as said") * 100, "apart": mean("apart"),
+    out = {"model": model, "method": ROWS[method][0], "n": len(texts), **{name: share(name) for name in LOOK},
+           "look": share("look"), "right": share("as said"), "apart": mean_interval(seen["apart"], texts, rng()),
            "evaluations": seen["evaluations"], "seconds": seen["seconds"]}
     if method != PLAIN and plain:
         out |= {"gain": above("look") * 100, "lost": above("as said") * 100, "nearer": above("apart")}
@@ -141,7 +141,7 @@ def row(model: str, method: str, seen: dict[str, Any], plain: dict[str, Any] | N
 def main(options: Options) -> Table:
     from rudder.demo import judge
 
-    reader, tag, n = judge.load(), cells.digest_of_judge(), options.n or (2 if options.quick else 64)
+    reader, tag, n = judge.load(), cells.digest_of_judge(), options.n or (2 if options.quick else 48)
     rows, missing, older = [], 0, []
     with cells.workplace(options) as work:
         for store in [cells.open_store(work, file, options, "variations") for file in files(options.models)]:

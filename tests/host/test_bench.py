@@ -382,6 +382,34 @@ def test_a_kept_row_of_other_code_is_painted_again_in_part(store, monkeypatch):
     assert later.kept.rows == {}
 
 
+def test_a_check_goes_on_until_there_are_marks_and_a_row_that_nothing_tells_is_dropped(store, monkeypatch):
+    monkeypatch.setattr(cells, "BATCH", 4)
+    some = [job for _, job in work_of(store)]
+
+    def checked(marks) -> tuple[bool, list[int]]:
+        seen: list[int] = []
+        todo = cells.Todo(store, "row", some, lambda number, images: seen.append(number) or marks(number))
+        store.kept.put("row", {"right": [1.0, 0.0, 1.0, 0.0, 1.0, 0.0], "code": "another", "commit": "c"})
+        todo.check()
+        return todo.kept, seen
+
+    right = [[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]
+    assert checked(lambda number: right[number]) == (True, [0, 1])
+    assert checked(lambda number: [[], [0.0, 1.0], [0.0, 1.0]][number]) == (False, [0, 1, 2])
+    assert checked(lambda number: []) == (False, [0, 1, 2])
+
+
+def test_another_precision_or_file_has_marks_of_its_own(demo_files, tmp_path):
+    options = bench.Options(quick=True, kept=tmp_path / "kept")
+
+    def name(file: Path, **changes) -> str:
+        return cells.open_store(tmp_path, file, replace(options, **changes)).kept.file.name
+
+    [shipped], another = generate.files(["shapes-unet"]), demo_files["unet"]
+    assert shipped.stem == another.stem and name(shipped) == "scores-shapes-unet.json"
+    assert len({name(file, precision=how) for file in (shipped, another) for how in ("fp32", "bf16")}) == 4
+
+
 def test_a_share_of_the_work_keeps_no_marks(store):
     share = cells.Store(store.folder.parent, store.painter, store.settings, store.kept.file, writes=False)
     cells.done([todo_of(share)], bench.Options(), quiet)
@@ -547,6 +575,29 @@ def test_true_renders_show_what_is_said():
     assert np.mean(cells.marks(reading, prompts)[1]) > 0.9
     assert np.array_equal(pictures, truth.renders(prompts, 1))
     assert not np.array_equal(pictures, truth.renders(prompts, 2))
+
+
+def test_true_renders_leave_textures_to_the_captions_that_would_name_them():
+    """Of the pictures whose captions name no texture, as the world captions them, the same share is plain."""
+    from rudder.demo import judge, words, world
+
+    scenes = world.sample(np.random.default_rng(0), 20_000, pairs=0.0)
+    said = np.array([not any(t in text for t in world.TEXTURES) for text in
+                     words.captions(np.random.default_rng(1), scenes, slip=0.0)])
+    plain = scenes.texture[:, 0] == world.TEXTURES.index("plain")
+    prompts = [p for cell in guidance.cells_of("cfg", 1.0, 256) for p in cell.prompts]
+    found = judge.load()(torch.from_numpy(truth.renders(prompts, 1))).probabilities["texture"].argmax(-1)[:, 0]
+    share = float((found == world.TEXTURES.index("plain")).float().mean())
+    assert plain.mean() < 0.8 < plain[said].mean() and abs(share - plain[said].mean()) < 0.06
+
+
+def test_comparisons_of_cost_are_undecided_where_a_quarter_of_the_steps_meets_the_aim():
+    [row, *_] = [row for row in cost.ROWS if row.own and row.like]
+    def said(*quartiles: float) -> str:
+        return cost.against([{"method": row.name, "model": "m", "batch": 8, "against": list(quartiles)}])[-1]
+
+    assert said(0.9, 1.0, 1.2).endswith("met (1 comparisons).") and "NOT" not in said(0.9, 1.0, 1.2)
+    assert "noise: undecided" in said(1.0, 1.08, 1.2) and "noise: NOT MET by" in said(1.05, 1.08, 1.2)
 
 
 def test_a_changed_method_costs_its_own_pictures_alone(monkeypatch):

@@ -25,3 +25,11 @@ def test_what_stands_between_the_marks_goes():
     filled = pages.filled(page)
     assert "99 %" not in filled and "| UNet: this node |" in filled and filled.endswith("\n\nSaid by hand.\n")
     assert pages.filled(filled) == filled
+
+
+def test_a_half_painted_table_of_edits_leaves_cells_empty():
+    plain = {"model": "shapes-unet", "kind": "add", "method": "edited prompt, same seed", "n": 3,
+             "success": {"value": 50.0}, "psnr": {"value": 20.0}}
+    page = pages.edit({"rows": [plain]}, {"MasaCtrl": "this node"})
+    assert "| 50, 20.0 |" in page and page.splitlines()[-1] == "| UNet: this node |  |  |  |  |  |  |"
+    assert "Not measured yet" in pages.edit({"rows": []}, {"MasaCtrl": "this node"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rudder.bench.stats import Interval, difference, mean_interval
+from rudder.bench.stats import Interval, difference, mean_interval, share_interval
 
 
 def clustered(rng: np.random.Generator, prompts: int, seeds: int, mean: float = 0.5, spread: float = 0.2):
@@ -73,3 +73,16 @@ def test_what_has_no_mean_is_an_error(values, clusters, why):
 def test_an_interval_formats_and_scales():
     assert format(Interval(0.5, 0.25, 0.75) * 100, ".1f") == "50.0 (25.0 .. 75.0)"
     assert Interval(1.0, 0.0, 2.0) * -1 == Interval(-1.0, -2.0, 0.0)
+
+
+def test_marks_that_all_agree_still_have_a_width():
+    """22 of 22 right says no more than 85 % (the textbook's exact interval)."""
+    rng = np.random.default_rng(7)
+    every = share_interval([1.0] * 22, range(22), rng)
+    assert (every.value, every.high) == (1.0, 1.0) and every.low == pytest.approx(0.8456, abs=1e-4)
+    none = share_interval([0.0] * 22, range(22), rng)
+    assert (none.value, none.low) == (0.0, 0.0) and none.high == pytest.approx(0.1544, abs=1e-4)
+    assert share_interval([1.0] * 22, [0, 1] * 11, rng).low < every.low, "two prompts say less than 22"
+    mixed = [1.0, 0.0] * 11
+    assert share_interval(mixed, range(22), np.random.default_rng(8)) == mean_interval(
+        mixed, range(22), np.random.default_rng(8))
