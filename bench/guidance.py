@@ -48,6 +48,7 @@ from rudder.guidance.temporal import TemporalTAG
 from rudder.guidance.temporal_net import TimePredictor
 from rudder.host.demo import MODELS
 from rudder.host.samplers import cfg_pp, w2sd
+from rudder.host.second import told
 from rudder.inversion.cfg_pp import CFGPP
 from rudder.inversion.w2sd import W2SD
 from rudder.nodes.guidance_feedback import opened
@@ -98,6 +99,7 @@ class Row:
         prompted: whether the model is told the prompt. Pictures from nothing have no accuracy.
         helper: what brings a part of the method while it is painted (``companions``), where there is one.
         second: evaluations of another model a step, which the counter of the first does not see.
+        host: functions of the host's side that serve this row alone, whose files ``cells.CODE`` does not hold.
     """
 
     name: str
@@ -111,6 +113,7 @@ class Row:
     prompted: bool = True
     helper: Callable | None = None
     second: int = 0
+    host: tuple[Callable, ...] = ()
 
     def at(self, cfgs: Sequence[float]) -> list[float]:
         return [cfg for cfg in cfgs if self.least <= cfg <= self.most]
@@ -119,7 +122,7 @@ class Row:
         """What decides the pictures beside the weight: methods, and the sampler's function and solver."""
         sampler = self.sampler(given) if self.sampler else None
         solver = [v for v in sampler.extra_options.values() if is_dataclass(v)] if sampler else []
-        functions = [f for f in (sampler and sampler.sampler_function, self.helper) if f]
+        functions = [f for f in (sampler and sampler.sampler_function, self.helper, *self.host) if f]
         return [*self.make(given), *functions, *solver]
 
 
@@ -167,7 +170,8 @@ ROWS: dict[str, Row] = {
     "temporal-tag": Row("TAG, temporal", lambda g: (TemporalTAG(predictor=time_predictor()),), worlds=False),
     "linear-ag": Row("LinearAG, held", lambda g: (LinearAG(end=0.5),)),
     "linear-ag-fit": Row("LinearAG, fitted", fitted, worlds=False, helper=companions.coefficients),
-    "autoguidance": Row("AutoGuidance", auto, least=1.0, worlds=False, helper=companions.worse, second=1),
+    "autoguidance": Row("AutoGuidance", auto, least=1.0, worlds=False, helper=companions.worse, second=1,
+                        host=(told,)),
     "dynamic": Row("dynamic CFG, no judge", lambda g: (DynamicCFG(scorer=Overshoot()),), least=7.5, most=7.5),
     "answer": Row("ANSWER", lambda g: (ANSWER(end=0.8),)),
     "uncond-negative": Row("negative as uncond", lambda g: (AsUncond(negative=g.anchor),), "harmful"),
