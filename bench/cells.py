@@ -321,10 +321,11 @@ class Todo:
         row, now = self.store.kept.rows.get(self.key), []
         if row and row["code"] != self.store.code:
             for number, job in enumerate(self.jobs):
-                if len(now) < BATCH:
-                    if self.store.missing([job]):
-                        self.store.paint(job)
-                    now += self.marks(number, self.store.batch(job)[0])
+                if len(now) >= BATCH:
+                    break
+                if self.store.missing([job]):
+                    self.store.paint(job)
+                now += self.marks(number, self.store.batch(job)[0])
             if now and agree(now, row["right"]):
                 self.store.kept.put(self.key, row | {"code": self.store.code})
             else:

@@ -62,10 +62,10 @@ def share_interval(marks: Sequence[float], clusters: Sequence, rng: np.random.Ge
     """The mean of marks that are 0 or 1, as :func:`mean_interval`. Where all of them agree a bootstrap has no width;
     there it is the exact interval (Clopper & Pearson 1934) of as many independent marks as there are clusters."""
     found = mean_interval(marks, clusters, rng, **options)
+    if 0 < found.value < 1:
+        return found
     reach = 1 - ((1 - options.get("level", 0.95)) / 2) ** (1 / len(set(clusters)))
-    if found.value == 1:
-        return Interval(1.0, 1 - reach, 1.0)
-    return Interval(0.0, 0.0, reach) if found.value == 0 else found
+    return Interval(found.value, max(found.value - reach, 0.0), min(found.value + reach, 1.0))
 
 
 def of_means(
