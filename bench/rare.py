@@ -82,9 +82,10 @@ def plan(quick: bool) -> list[tuple[str, str, str]]:
                   ("property", ("aapb",), "harmful")]
     else:
         wanted = [(category, methods, anchor) for category in rareshapes.CATEGORIES
-                  for methods, anchor in ((("cfg",), ""), (COMPARED, "superclass"))]
+                  for methods, anchor in ((("cfg",), ""), (("r2f", "aapb"), "superclass"))]
         wanted.append(("property", blends(GAMMAS), "superclass"))
         wanted += [(c, blends(GAMMAS_ELSEWHERE), "superclass") for c in rareshapes.CATEGORIES if c != "property"]
+        wanted += [(c, ("aapb-unclamped",), "superclass") for c in rareshapes.CATEGORIES]
         wanted += [(c, COMPARED, anchor) for anchor in ("noun", "harmful", "random") for c in ("property", "never")]
         wanted.append(("property", blends(GAMMAS), "noun"))
         wanted.append(("property", tuple(f"r2f-{level}" for level in (1, 2, 4, 5)), "superclass"))
