@@ -328,7 +328,7 @@ def numbers(version: str) -> tuple[int, ...]:
 
 def find_host(args: argparse.Namespace) -> Host:
     path = args.comfyui or os.environ.get("COMFYUI_PATH")
-    if path and Path(path).resolve().parent != cache_dir():
+    if path and Path(path).resolve().parent != cache_dir().resolve():
         return user_host(Path(path))
     python, version = environment(), tree_version(Path(path)) if path else args.version  # a path we set ourselves
     return Host(comfyui(version, python), python, version)
@@ -594,7 +594,8 @@ def command_run(args: argparse.Namespace, rest: list[str]) -> int:
                     raise Problem(f"--seed: no node of {workflow_file.name} has a seed widget")
                 files, texts = run_prompt(comfy.address, prompt)
         except (Problem, OSError) as problem:
-            raise Problem(f"{problem}\nComfyUI's log: {shutil.copy(log, out)}") from None
+            kept = f"\nComfyUI's log: {shutil.copy(log, out)}" if log.is_file() else ""  # it may not have begun
+            raise Problem(f"{problem}{kept}") from None
         for line in log.read_text(encoding="utf-8", errors="replace").splitlines():  # costs, and warnings
             if "Rudder: " in line:
                 print(line[line.index("Rudder: "):])
@@ -619,6 +620,8 @@ def command_serve(args: argparse.Namespace, rest: list[str]) -> int:
 
 def command_test(args: argparse.Namespace, rest: list[str]) -> int:
     """Every phase is a process of its own, so that the two ComfyUI versions never meet, and several can run at once."""
+    if any(a.split("=")[0] == "--version" for a in rest):  # pytest would say its own and test nothing
+        raise Problem("test runs on every version of ComfyUI; for one of your own use --comfyui PATH")
     python = environment()
     path = args.comfyui or os.environ.get("COMFYUI_PATH")
     hosts = [user_host(Path(path))] if path else [Host(comfyui(v, python), python, v) for v in (MAIN, FLOOR)]

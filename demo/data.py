@@ -2,12 +2,14 @@
 
     COMFYUI_PATH=... python -m demo.data --pictures 60000 --out /tmp/rudder-train    # from the repository root
 
-Writes shards latents-<seed>.npy in --out: [n, 16, 16, 16] float16, normalised per channel. The scenes are not kept:
-they follow from the seed, and captions are written anew whenever a picture is shown.
+Writes shards latents-<seed>.npy in --out: [n, 16, 16, 16] float16, normalised per channel; and in latents.txt of which
+world and autoencoder they are. The scenes are not kept: they follow from the seed, and captions are written anew
+whenever a picture is shown.
 """
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
 
@@ -55,9 +57,25 @@ def load_vae(out: Path) -> dict:
     return {"model": model.eval().requires_grad_(False), "saved": saved, **stats}
 
 
+def stamped(out: Path, vae: dict) -> None:
+    """Note beside the shards whose they are: of which world and autoencoder.
+
+    Raises:
+        SystemExit: they are of others, or nobody knows of which.
+    """
+    state = vae["saved"]["state"]
+    weights = b"".join(state[name].float().cpu().numpy().tobytes() for name in sorted(state))
+    note, file = f"{world.VERSION} {hashlib.sha256(weights).hexdigest()}\n", out / "latents.txt"
+    if not file.exists() and not any(out.glob("latents-????.npy")):
+        file.write_text(note)
+    if not file.exists() or file.read_text() != note:
+        raise SystemExit(f"Latents in {out} belong to another world or autoencoder: delete latents*, run demo.data.")
+
+
 def work(rank: int, processes: int, arg: argparse.Namespace) -> None:
     host()
     vae = load_vae(arg.out)
+    stamped(arg.out, vae)
     for seed in range(rank, -(-arg.pictures // SHARD), processes):
         file = arg.out / f"latents-{seed:04}.npy"
         if file.exists():

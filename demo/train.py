@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from . import world
-from .data import Pictures, load_vae
+from .data import Pictures, load_vae, stamped
 from .trainlib import MODELS, Log, adopt, average, half, host, in_parallel, initialise, plain_attention, rate
 
 WIDTH, TOKENS = 96, 24  # of the text encoder and of the context; no caption of the world has more than 20 tokens
@@ -167,7 +167,9 @@ def work(rank: int, processes: int, arg: argparse.Namespace) -> None:
     plain_attention()
     from transformers import CLIPTokenizer
     tokenizer = CLIPTokenizer.from_pretrained(str(MODELS / "tokenizer"))
-    config = configuration(arg.kind, load_vae(arg.out)["saved"], tokenizer)
+    vae = load_vae(arg.out)
+    stamped(arg.out, vae)
+    config = configuration(arg.kind, vae["saved"], tokenizer)
     torch.manual_seed(arg.seed)
     device = torch.device(arg.device)
     net = Networks(demo, config).to(device)
@@ -176,7 +178,7 @@ def work(rank: int, processes: int, arg: argparse.Namespace) -> None:
     if arg.text:
         print(adopt(net.text, arg.text, "text.clip_l.transformer."), "tensors of the text encoder", flush=True)
     if arg.teacher:
-        teacher = Networks(demo, configuration("unet", load_vae(arg.out)["saved"], tokenizer)).to(device)
+        teacher = Networks(demo, configuration("unet", vae["saved"], tokenizer)).to(device)
         start_from(teacher, "unet", arg.teacher)
         net.taught = teacher.requires_grad_(False).eval().velocity
     optimizer = optimizers(arg.kind, net, arg.lr)
@@ -186,6 +188,8 @@ def work(rank: int, processes: int, arg: argparse.Namespace) -> None:
     step, before, path = 0, 0.0, arg.out / f"{arg.kind}.pt"
     if path.exists():
         saved = torch.load(path, map_location=device, weights_only=True)
+        if (saved["world"], saved["config"]) != (world.VERSION, config):
+            raise SystemExit(f"{path} belongs to another world or autoencoder: delete it, or use another --out.")
         net.load_state_dict(saved["net"], strict=False)
         for o, state in zip(optimizer, saved["optimizers"]):
             o.load_state_dict(state)
@@ -210,8 +214,7 @@ def work(rank: int, processes: int, arg: argparse.Namespace) -> None:
         loss.backward()
         seconds = before + time.time() - start
         clock.fill_(seconds / (60 * arg.minutes))
-        if processes > 1:
-            average([p.grad for p in parameters] + [clock])
+        average([p.grad for p in parameters] + [clock])
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for o in optimizer:
             o.step()
@@ -245,7 +248,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=8e-4)
     parser.add_argument("--slip", type=float, default=world.SLIP, help="chance of each wrong word in a caption")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--processes", type=int, default=2, help="on a GPU: 1")
+    parser.add_argument("--processes", type=int, help="default: 1 on a GPU, otherwise 2")
     parser.add_argument("--port", type=int, default=29517, help="where the processes meet")
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--start", type=Path, help="a shipped model to go on from")
@@ -254,7 +257,7 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, help="flux: a shipped UNet to learn from as well")
     parser.add_argument("--out", type=Path, required=True)
     arg = parser.parse_args()
-    in_parallel(work, arg.processes, arg, port=arg.port)
+    in_parallel(work, arg.processes or (2 if arg.device == "cpu" else 1), arg, port=arg.port)
 
 
 if __name__ == "__main__":

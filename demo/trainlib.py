@@ -121,7 +121,8 @@ def in_parallel(work, processes: int, *args, port: int = 29517) -> None:
 def _worker(rank: int, work, processes: int, *args) -> None:
     torch.set_num_threads(1)
     if processes > 1 and hasattr(os, "sched_setaffinity"):  # two busy processes on one core would halve both
-        os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank % os.cpu_count()]})
+        mine = sorted(os.sched_getaffinity(0))  # fewer than the machine has, in a container
+        os.sched_setaffinity(0, {mine[rank % len(mine)]})
     if processes > 1:
         torch.distributed.init_process_group("gloo", rank=rank, world_size=processes)
     work(rank, processes, *args)
@@ -130,7 +131,9 @@ def _worker(rank: int, work, processes: int, *args) -> None:
 
 
 def average(tensors: list[torch.Tensor]) -> None:
-    """Average tensors over the processes, in place, in one message."""
+    """Average tensors over the processes, in place, in one message; those of one process are left as they are."""
+    if not torch.distributed.is_initialized():
+        return
     flat = torch.cat([t.flatten() for t in tensors])
     torch.distributed.all_reduce(flat)
     flat /= torch.distributed.get_world_size()

@@ -56,11 +56,12 @@ class Recorder:
     """Runs by the sampler node that made them: ``{"methods", "cfg", "evaluations", "steps": [{...}, ...], ...}``.
 
     A step holds ``index``, ``sigma`` and the :data:`QUANTITIES` that applied, one number or one for each sample.
-    ``name`` is what the user calls these runs.
+    ``name`` is what the user calls these runs, ``node`` the trace node.
     """
 
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
     name: str = ""
+    node: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

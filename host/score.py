@@ -133,7 +133,8 @@ def judge_scorer(caption: str, latent_format: Any, vae: Any) -> JudgeScorer:
         raise GuidanceError("The judge knows only pictures of the demo models (Load Demo Model), and 'model' is "
                             "another. Use CLIP Scorer.")
     try:
-        words.parse(caption)
+        if caption.count(" on a ") > 1 or len(words.parse(caption)["objects"]) > 2:
+            raise ValueError("more than two objects, or more than one background")
     except ValueError as error:
         raise GuidanceError(f"'text': {error}. The judge reads captions of the demo world, of one or two objects, such "
                             "as 'a spiky red heart on a navy background' (its words: demo/README.md).") from error

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import comfy.model_management
 import comfy.samplers
@@ -35,6 +38,8 @@ PredictorType = io.Custom("RUDDER_TIME_PREDICTOR")
 BUNDLED = "shapes (bundled)"
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 LOADERS = "model/loaders/rudder"
+LEAST = 16  # latents: below it none can be held back to tell how good the net is
+SEEDS = 2**64
 log = logging.getLogger("rudder")
 
 
@@ -82,7 +87,7 @@ class RudderFitLinearAG(io.ComfyNode):
                                tooltip="As in the sampler: the coefficients belong to its noise levels."),
                 io.Int.Input("every", default=2, min=2, max=10,
                              tooltip="As in Faster Guidance: every how many steps the negative is evaluated; paper 2."),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF,
+                io.Int.Input("seed", default=0, min=0, max=SEEDS - 1, control_after_generate=False,
                              tooltip="Of the first run; every further run takes the next one."),
             ],
             outputs=[CoefficientsType.Output(display_name="COEFFICIENTS", tooltip="For Faster Guidance (Adaptive).")],
@@ -105,13 +110,16 @@ class RudderFitLinearAG(io.ComfyNode):
         for run in range(runs):
             comfy.model_management.throw_exception_if_processing_interrupted()
             levels, cond, uncond = predictions(
-                model, positive, negative, latent_image, seed + run, steps, cfg, sampler_name, scheduler
+                model, positive, negative, latent_image, (seed + run) % SEEDS, steps, cfg, sampler_name, scheduler
             )
             if bool((levels.diff() >= 0).any()):
                 raise ValueError(f"The sampler '{sampler_name}' evaluates the model more than once a step. Choose one "
                                  "of a single evaluation for fitting and for sampling, such as euler or dpmpp_2m.")
             products = products + gram(torch.cat((cond, uncond)).flatten(1))
             progress.update_absolute(run + 1, runs)
+        if not bool(products.isfinite().all()):
+            raise ValueError("The predictions of 'model' are not finite here (NaN or infinity), so there is nothing to "
+                             "fit: see whether plain sampling works with these settings.")
         found = fit(products, levels, every)
         ours, held = errors(products, found)
         log.info("Rudder: LinearAG misses %.1f %% of the push, holding the last one %.1f %%.", 100 * ours, 100 * held)
@@ -283,9 +291,13 @@ def opened(file: Path) -> TimePredictor:
     """Outside of inference mode: the predictor is differentiated."""
     with torch.inference_mode(False):
         try:
-            return TimePredictor({name: weight.float() for name, weight in store.load(file).items()})
+            predictor = TimePredictor({name: weight.float() for name, weight in store.load(file).items()})
         except GuidanceError as error:
             raise ValueError(f"{file}: {error}") from error
+    if not all(bool(weight.isfinite().all()) for weight in predictor.weights.values()):
+        raise ValueError(f"{file}: its weights are not finite (NaN or infinity), and so would every picture be. Train "
+                         "it again, with 'overwrite'.")
+    return predictor
 
 
 class RudderLoadTimePredictor(io.ComfyNode):
@@ -315,6 +327,15 @@ class RudderLoadTimePredictor(io.ComfyNode):
         store.folder("time")
         return io.NodeOutput(opened(Path(folder_paths.get_full_path_or_raise("rudder_time", predictor_name))))
 
+    @classmethod
+    def fingerprint_inputs(cls, predictor_name) -> list[int]:
+        """So that one trained again under its name is read again."""
+        store.folder("time")
+        if predictor_name == BUNDLED or not (path := folder_paths.get_full_path("rudder_time", predictor_name)):
+            return []
+        state = Path(path).stat()
+        return [state.st_mtime_ns, state.st_size]
+
 
 class RudderTrainTimePredictor(io.ComfyNode):
     @classmethod
@@ -341,7 +362,8 @@ class RudderTrainTimePredictor(io.ComfyNode):
                              tooltip="Steps of training with 64 noisy crops each. 2000 take a few minutes."),
                 io.Int.Input("size", default=512, min=64, max=4096, step=8,
                              tooltip="Pictures of the folder are cut to a square of this many pixels."),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, tooltip="The same seed, the same net."),
+                io.Int.Input("seed", default=0, min=0, max=SEEDS - 1, control_after_generate=False,
+                             tooltip="The same seed, the same net."),
             ],
             outputs=[PredictorType.Output(display_name="PREDICTOR", tooltip="For Noise Level Alignment.")],
         )
@@ -354,19 +376,8 @@ class RudderTrainTimePredictor(io.ComfyNode):
         if file.is_file() and not overwrite:
             return io.NodeOutput(opened(file))
         latent_format = model.get_model_object("latent_format")
-        given = [latents["samples"]] if latents is not None else []
-        pictures = [images] if images is not None else []
-        pictures += list(pictures_in(folder, size)) if folder.strip() else []
-        if pictures and vae is None:
-            raise ValueError("Pictures need a 'vae': wire the model's, or give 'latents'.")
-        given += [vae.encode(picture[..., :3]) for picture in pictures]
-        if not given:
-            raise ValueError("Nothing to train on: wire 'latents', or 'images' with a 'vae', or name a 'folder'.")
-        sizes = {tuple(some.shape[2:]) for some in given}
-        if len(sizes) > 1:
-            raise ValueError(f"The latents have several sizes: {', '.join(map(str, sorted(sizes)))}. Give 'size' the "
-                             "pixels of your 'images' or 'latents', or train on one kind.")
-        data = latent_format.process_in(torch.cat([some.float().cpu() for some in given]))
+        clean = clean_latents(latent_format.latent_channels, latents, images, folder, size, vae)
+        data = latent_format.process_in(clean)
         progress = comfy.utils.ProgressBar(steps)
 
         def each(step: int, loss: float) -> None:
@@ -374,9 +385,50 @@ class RudderTrainTimePredictor(io.ComfyNode):
             progress.update_absolute(step, steps)
 
         predictor, error = train(data, steps, seed, each=each)
+        if not math.isfinite(error):
+            raise ValueError("The training came to nothing: its error is not finite. Try another 'seed'.")
         log.info("Rudder: the time predictor is off by %.3f of a quarter turn on average (0.25 is chance).", error)
         store.save(file, dict(predictor.weights), {"error": f"{error:.4f}", "steps": str(steps), "seed": str(seed)})
         return io.NodeOutput(predictor)
+
+
+def clean_latents(
+    channels: int, latents: dict | None, images: torch.Tensor | None, folder: str, size: int, vae: Any
+) -> torch.Tensor:
+    """All that there is to train on, ``[N, C, (T,) H, W]`` as nodes hand latents on; pictures are encoded one by one.
+
+    Raises:
+        ValueError: there are fewer than 16, or they are of another model, of several sizes or not finite; names the
+            input.
+    """
+    if vae is None and (images is not None or folder.strip()):
+        raise ValueError("Pictures need a 'vae': wire the model's, or give 'latents'.")
+    given = [("latents", latents["samples"])] if latents is not None else []
+    batches = itertools.chain(() if images is None else [("images", images)],
+                              (("folder", one) for one in pictures_in(folder, size)) if folder.strip() else ())
+    given += [(name, vae.encode(batch[..., :3])) for name, batch in batches]
+    if not given:
+        raise ValueError("Nothing to train on: wire 'latents', or 'images' with a 'vae', or name a 'folder'.")
+    for name, some in given:
+        source = f"'{name}'" if name == "latents" else f"'{name}' through 'vae'"
+        if getattr(some, "is_nested", False):
+            raise ValueError(f"{source}: latents of several parts (video with sound) are not supported. Take them "
+                             "apart and give the picture's alone.")
+        if some.shape[1] != channels:
+            raise ValueError(f"{source}: latents of {some.shape[1]} channels, and those of 'model' have {channels}. "
+                             "Give this model's own latents, or its VAE.")
+        if not bool(some.isfinite().all()):
+            raise ValueError(f"{source}: some latents are not finite (NaN or infinity). A VAE in half precision often "
+                             "does that: start ComfyUI with --fp32-vae, or use a VAE that is mended for it.")
+    sizes = {tuple(some.shape[2:]) for _, some in given}
+    if len(sizes) > 1:
+        raise ValueError(f"The latents have several sizes: {', '.join(map(str, sorted(sizes)))}. Give 'size' the "
+                         "pixels of your 'images' or 'latents', or train on one kind.")
+    data = torch.cat([some.float().cpu() for _, some in given])
+    count = len(data) * (data.shape[2] if data.ndim == 5 else 1)
+    if count < LEAST:
+        raise ValueError(f"{count} latents are too few to train on: give {LEAST} or more.")
+    return data
 
 
 def pictures_in(folder: str, size: int) -> Iterator[torch.Tensor]:
@@ -386,8 +438,8 @@ def pictures_in(folder: str, size: int) -> Iterator[torch.Tensor]:
         ValueError: there is no such folder, or no picture in it.
     """
     root = Path(folder_paths.get_input_directory()).resolve()
-    place = (root / folder.strip()).resolve()
-    if not place.is_dir() or root not in (place, *place.parents):
+    place = root / folder.strip()
+    if "\0" in folder or not place.is_dir() or root not in (place.resolve(), *place.resolve().parents):
         raise ValueError(f"'folder': there is no folder '{folder}' in {root}.")
     files = [file for file in sorted(place.iterdir()) if file.suffix.lower() in PICTURES]
     if not files:

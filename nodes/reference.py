@@ -77,9 +77,10 @@ class RudderMasaCtrl(io.ComfyNode):
     ) -> io.NodeOutput:
         if edit_mask is not None and source_mask is None:
             raise ValueError(f"{MasaCtrl.title}: edit_mask needs a source_mask: connect the source's foreground too.")
-        masks = None if source_mask is None else Masks(
-            source_mask[:1], source_mask[:1] if edit_mask is None else edit_mask
+        source, edits = (  # some nodes give one mask as [H, W]
+            None if mask is None else mask.reshape(-1, *mask.shape[-2:]) for mask in (source_mask, edit_mask)
         )
+        masks = None if source is None else Masks(source[:1], source[:1] if edits is None else edits)
         return patched(model, MasaCtrl(
             depth=start_depth, union=union, masks=masks, blocks=blocks, start=start_percent, end=end_percent,
             edit=prompts, words=phrases(words),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import folder_paths
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load as read
+from safetensors.torch import save_file
 from torch import Tensor
 
 NAME = "rudder"
@@ -53,7 +54,7 @@ def load(file: Path) -> dict[str, Tensor]:
         ValueError: it is no safetensors file; names it.
     """
     try:
-        return load_file(file)
+        return read(file.read_bytes())  # a mapped file could not be replaced on Windows while its tensors are in use
     except Exception as error:
         message = f"{file} cannot be read as safetensors ({error}). Delete it, or choose another name."
         raise ValueError(message) from error

@@ -48,17 +48,33 @@ def labels_input() -> io.String.Input:
     )
 
 
+def behind(node: str, start: str, prompt: dict) -> bool:
+    """Whether a node gets what ``start`` makes, over any number of links of the prompt. What a node made while the
+    prompt ran (a loop's round: its id has a dot) counts as long as its maker is there."""
+    if "." in node or "." in start or not start:
+        return node.split(".")[0] in prompt
+    seen, todo = set(), [node] if node in prompt else []
+    while todo:
+        here = todo.pop()
+        if here == start:
+            return True
+        seen.add(here)
+        given = [v for v in prompt.get(here, {}).get("inputs", {}).values() if isinstance(v, list) and len(v) == 2]
+        todo += {node for node, _ in given if isinstance(node, str)} - seen
+    return False
+
+
 def recorded(
     trace: Recorder, prompt: dict | None, more: dict[str, Recorder] | None = None, labels: str = ""
 ) -> dict[str, dict]:
-    """The runs of samplers that are still in the graph, by label: trace after trace, each by node, not as they ran.
+    """The runs of samplers that are behind their trace now, by label: trace after trace, each by node, not as they ran.
 
     Raises:
         ValueError: a trace holds no run, or there are more labels than runs.
     """
     runs, names = [], []
     for source, recorder in {"trace": trace, **(more or {})}.items():
-        present = [node for node in recorder.runs if not prompt or not node or node.split(".")[0] in prompt]
+        present = [node for node in recorder.runs if not prompt or not node or behind(node, recorder.node, prompt)]
         present.sort(key=lambda node: [int(number) for number in re.findall(r"\d+", node)])
         if not present:
             raise ValueError(
@@ -110,11 +126,12 @@ class RudderTrace(io.ComfyNode):
             ],
             outputs=[model_output(), TraceType.Output(display_name="TRACE", tooltip="For Guidance Trace Plot and "
             "Save.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, model, name="") -> io.NodeOutput:
-        recorder = Recorder(name=name.strip())
+        recorder = Recorder(name=name.strip(), node=str(getattr(cls.hidden, "unique_id", None) or ""))
         return io.NodeOutput(add_guidance(model, Trace(recorder=recorder)), recorder)
 
 

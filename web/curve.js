@@ -3,7 +3,6 @@
 
 const SHAPES = {
   interval: () => 1,
-  step: () => 1,
   triangle: (u) => 2 - 2 * Math.abs(2 * u - 1),
   cosine: (u) => 1 - Math.cos(2 * Math.PI * u),
   beta: (u, { alpha, beta }) => betaDensity(u, alpha, beta),
@@ -56,11 +55,12 @@ export function factor(values) {
     return (t) => interpolate(points, t)
   }
   const { shape, low, start_percent: first, end_percent: last } = values
+  if (shape === "step") return (t) => (t < first ? low : 1) // has no end
   if (!SHAPES[shape]) throw new Error(`no shape '${shape}'`)
   if (!(first < last)) throw new Error("start must be below end")
   return (t) => {
     const u = (t - first) / (last - first)
-    if (u < 0 || (u > 1 && shape !== "step")) return low
+    if (u < 0 || u > 1) return low
     return low + (1 - low) * SHAPES[shape](u, values)
   }
 }

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from comfy.clip_vision import ClipVisionModel
+from comfy.nested_tensor import NestedTensor
 from comfy.supported_models_base import ClipTarget
 from PIL import Image
 
@@ -42,6 +43,7 @@ from rudder.nodes.guidance_feedback import (
     RudderTemporalTAG,
     RudderTrainTimePredictor,
     opened,
+    pictures_in,
 )
 from rudder.nodes.guidance_more import RudderAdaptiveGuidance
 
@@ -316,6 +318,10 @@ def test_what_the_judge_cannot_read_is_named(demo_parts, model):
     for text in ("", "photo of a cat", "red circle", "a red circle left of a blue star above a red star"):
         with pytest.raises(GuidanceError, match="'text': cannot read.*such as 'a spiky red heart"):
             call(RudderJudgeScorer, model=demo, vae=vae, text=text)
+    for text in ("a red circle left of a blue star left of a green heart",
+                 "a red circle on a navy background on a beige background"):
+        with pytest.raises(GuidanceError, match="'text': more than two objects, or more than one background"):
+            call(RudderJudgeScorer, model=demo, vae=vae, text=text)
     with pytest.raises(GuidanceError, match="only pictures of the demo models.*Use CLIP Scorer"):
         call(RudderJudgeScorer, model=model, vae=vae, text="a red circle")
     (scorer,) = call(RudderJudgeScorer, model=demo, vae=vae, text="a red circle")
@@ -339,7 +345,7 @@ def trained(model, **inputs):
 
 
 def test_a_predictor_is_trained_kept_and_never_overwritten_unasked(model, kind, models_folder):
-    samples = {"samples": sample(model, kind, POSITIVE, NEGATIVE, batch=2, steps=2)}
+    samples = {"samples": sample(model, kind, POSITIVE, NEGATIVE, batch=2, steps=2).repeat(8, 1, 1, 1)}
     first = trained(model, latents=samples)
     file = models_folder / "time" / "mine.safetensors"
     written = file.read_bytes()
@@ -376,8 +382,8 @@ def test_training_on_a_folder_of_pictures(monkeypatch, tmp_path, models_folder):
     demo, _, vae = load_demo(MODELS / "shapes-unet.safetensors")
     monkeypatch.setattr(folder_paths, "input_directory", str(tmp_path))
     (tmp_path / "shapes").mkdir()
-    for i in range(3):
-        Image.new("RGB", (70 + i, 64), (40 * i, 200, 90)).save(tmp_path / "shapes" / f"{i}.png")
+    for i in range(14):
+        Image.new("RGB", (70 + i, 64), (10 * i, 200, 90)).save(tmp_path / "shapes" / f"{i}.png")
     predictor = trained(demo, vae=vae, folder="shapes", size=64, images=torch.rand(2, 64, 64, 3))
     assert predictor.channels == 16
     for inputs, says in (
@@ -391,11 +397,82 @@ def test_training_on_a_folder_of_pictures(monkeypatch, tmp_path, models_folder):
         trained(demo, name="")
 
 
+def test_what_cannot_be_trained_on_is_named(model, kind, models_folder):
+    good = latent(kind, 16)
+    broken = good.clone()
+    broken[3, 0, 1, 1] = torch.nan
+    for given, says in (
+        (good[:15], "15 latents are too few"), (torch.zeros(0, *good.shape[1:]), "0 latents are too few"),
+        (good[:, :1], f"'latents': latents of 1 channels, and those of 'model' have {CHANNELS[kind]}"),
+        (broken, "'latents': some latents are not finite.*--fp32-vae"),
+        (NestedTensor((good, good)), "'latents': latents of several parts"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            trained(model, latents={"samples": given})
+    assert not models_folder.exists()
+    assert trained(tiny_wan(), latents={"samples": torch.randn(2, 16, 8, 4, 4)}).channels == 16, "frames count"
+
+
+def test_pictures_are_encoded_as_they_are_read(monkeypatch, tmp_path, models_folder):
+    """Never a whole folder in memory; and what is missing is said before it is read."""
+    monkeypatch.setattr(folder_paths, "input_directory", str(tmp_path))
+    for i in range(16):
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{i}.png")
+    happened = []
+
+    class Encoder:
+        def encode(self, pictures):
+            happened.append("encoded")
+            return torch.zeros(len(pictures), 16, 8, 8)
+
+    def reading(*args):
+        for picture in pictures_in(*args):
+            happened.append("read")
+            yield picture
+
+    monkeypatch.setattr("rudder.nodes.guidance_feedback.pictures_in", reading)
+    demo, _, _ = load_demo(MODELS / "shapes-unet.safetensors")
+    with pytest.raises(ValueError, match="need a 'vae'"):
+        trained(demo, folder=".", size=64)
+    assert not happened
+    trained(demo, folder=".", size=64, vae=Encoder())
+    assert happened == ["read", "encoded"] * 16
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="tells of mapped files on Linux")
+def test_a_file_that_is_in_use_can_be_replaced_on_windows_too(saved):
+    """There a mapped file cannot."""
+    weights = store.load(saved)
+    assert weights and str(saved) not in Path("/proc/self/maps").read_text()
+
+
+def test_a_predictor_that_was_trained_again_is_read_again(saved):
+    before = RudderLoadTimePredictor.fingerprint_inputs(predictor_name="mine.safetensors")
+    assert before == RudderLoadTimePredictor.fingerprint_inputs(predictor_name="mine.safetensors")
+    store.save(saved, fresh(4, torch.Generator().manual_seed(1)), {"steps": "1"})
+    assert RudderLoadTimePredictor.fingerprint_inputs(predictor_name="mine.safetensors") != before
+    assert RudderLoadTimePredictor.fingerprint_inputs(predictor_name="none.safetensors") == []
+
+
+def test_seeds_stay_as_they_are_between_queues_and_reach_to_the_end(model, kind):
+    """The frontend would draw a new 'seed' for each queue by itself, and the work would be done again."""
+    for node in (RudderFitLinearAG, RudderTrainTimePredictor):
+        assert node.INPUT_TYPES()["required"]["seed"][1]["control_after_generate"] is False
+    assert fitted(model, kind, seed=2**64 - 1).cond.isfinite().all()
+
+
+def test_a_model_that_predicts_no_numbers_is_not_fitted(model, kind, models_folder):
+    broken = [[features * torch.nan, options] for features, options in POSITIVE]
+    with pytest.raises(ValueError, match="predictions of 'model' are not finite"):
+        fitted(model, kind, positive=broken, name="mine")
+    assert not models_folder.exists()
+
+
 def test_an_interrupted_training_leaves_no_file(model, kind, models_folder):
     management.interrupt_current_processing(True)
     try:
         with pytest.raises(management.InterruptProcessingException):
-            trained(model, latents={"samples": latent(kind, 2)})
+            trained(model, latents={"samples": latent(kind, 16)})
     finally:
         management.interrupt_current_processing(False)
     assert not models_folder.exists()
@@ -411,6 +488,10 @@ def test_a_predictor_of_other_latents_is_refused(model, kind, saved):
         call(RudderTemporalTAG, model=model, predictor=given)
     with pytest.raises(GuidanceError, match="reads latents of 4 channels and this model's have 16"):
         sample(add_guidance(model, TemporalTAG(predictor=given)), kind, POSITIVE, NEGATIVE)
+    spoilt = {**fresh(4, torch.Generator().manual_seed(0)), "out.bias": torch.full((64,), torch.nan)}
+    store.save(saved, spoilt, {})
+    with pytest.raises(ValueError, match="mine.safetensors: its weights are not finite"):
+        opened(saved)
     store.save(saved, {"a": torch.zeros(1)}, {})
     with pytest.raises(ValueError, match="mine.safetensors: This is no time predictor: it holds a"):
         opened(saved)

@@ -33,10 +33,10 @@ WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 every_node = pytest.mark.parametrize("node", NODES, ids=lambda node: node.__name__)
 
 
-def call(node: type[io.ComfyNode], prompt: dict | None = None, **inputs) -> tuple:
+def call(node: type[io.ComfyNode], prompt: dict | None = None, unique_id: str | None = None, **inputs) -> tuple:
     """Execute a node as the host does, with the schema's defaults for what is not given. Its outputs."""
     defaults = {i.id: i.default for i in node.GET_SCHEMA().inputs if getattr(i, "default", None) is not None}
-    clone = node.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.prompt: prompt}})
+    clone = node.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.prompt: prompt, io.Hidden.unique_id: unique_id}})
     return clone.EXECUTE_NORMALIZED(**{**defaults, **inputs}).args
 
 
@@ -255,6 +255,22 @@ def test_a_sampler_that_left_the_graph_leaves_the_plot():
     })
     assert list(recorded(recorder, {"15": {}, "8": {}})) == ["CFG 1.5", "CFG 7"]  # "" is a run outside of any graph
     assert list(recorded(recorder, None)) == ["CFG 1.5", "CFG 4", "CFG 7"]  # by node, not as they ran
+
+
+def test_a_sampler_that_left_its_trace_leaves_the_plot():
+    """It is still in the graph, and another MODEL is wired to it now."""
+    run = {"methods": [], "cfg": 7.0, "steps": []}
+    recorder = Recorder(runs={node: dict(run) for node in ("3", "5", "7:2", "9.0.4")}, node="2")
+    prompt = {
+        "1": {"inputs": {"name": "file"}}, "2": {"inputs": {"model": ["1", 0]}}, "9": {"inputs": {}},
+        "4": {"inputs": {"model": ["2", 0], "numbers": [[1, 2], [3, 4]], "size": [64, 64]}},
+        "3": {"inputs": {"model": ["4", 0], "cfg": 7.0}}, "5": {"inputs": {"model": ["1", 0]}},
+        "7:1": {"inputs": {"model": ["4", 0]}}, "7:2": {"inputs": {"guider": ["7:1", 0]}},
+    }
+    assert len(recorded(recorder, prompt)) == 3, "the sampler 5 is not behind it; a loop's round cannot be told"
+    with pytest.raises(ValueError, match="holds no run"):
+        recorded(Recorder(runs={"5": run}, node="2"), prompt)
+    assert call(RudderTrace, unique_id="2", model=tiny_unet())[1].node == "2"
 
 
 def a_run(cfg: float, *methods: str) -> dict:

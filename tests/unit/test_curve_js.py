@@ -45,7 +45,8 @@ def settings() -> list[dict]:
             "end_percent": end / 100, "keep_average": dice.random() < 0.5, "curve": dice.choice(CURVES),
             "alpha": dice.uniform(1, 20), "beta": dice.choice([1.0, 2.0, dice.uniform(1, 20)]),
         })  # fmt: skip
-    return found
+    at_an_end = [{"start_percent": 0.6, "end_percent": 0.5}, {"start_percent": 1.0}]  # a step has no end
+    return [*found, *({**plain, "shape": "step", "low": 0.3, "curve": CURVES[0], **span} for span in at_an_end)]
 
 
 def schedule(values: dict) -> Schedule:

@@ -255,6 +255,29 @@ def test_another_copy_is_never_touched(dev, tmp_path, kind):
     assert os.path.lexists(there)
 
 
+@posix
+def test_a_cache_behind_a_link_is_still_ours(dev, tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "cache").symlink_to(tmp_path / "disk")
+    monkeypatch.delenv("RUDDER_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(dev.sys, "platform", "linux")
+    tree = installation(tmp_path / "disk" / "rudder" / "comfyui-0.30.0-1", "0.30.0")
+    monkeypatch.setattr(dev, "environment", lambda *_: Path(sys.executable))
+    monkeypatch.setattr(dev, "comfyui", lambda *_: tree)
+    for given in (tree, tmp_path / "cache" / "rudder" / tree.name):
+        assert not dev.find_host(dev.parser().parse_args(["run", "--comfyui", str(given)])).foreign
+
+
+def test_a_run_that_cannot_begin_says_why(dev, tmp_path, monkeypatch, capsys):
+    """Another copy of the pack is in that ComfyUI: there is no log of a server to show."""
+    tree = installation(tmp_path / "ComfyUI", "0.30.0")
+    (tree / "custom_nodes" / "comfyui-rudder").mkdir()
+    monkeypatch.setattr(dev, "environment", lambda *_: Path(sys.executable))
+    assert dev.main(["run", "--comfyui", str(tree), "--out", str(tmp_path / "out")]) == 1
+    assert "another copy of the pack" in capsys.readouterr().err
+
+
 def test_only_the_link_is_written_into_an_installation(dev, tmp_path, monkeypatch):
     monkeypatch.setattr(dev, "has_accelerator", lambda python: True)
     tree = installation(tmp_path / "ComfyUI", "0.30.0")
@@ -421,6 +444,11 @@ def test_a_mistyped_option_is_refused(dev, capsys):
     with pytest.raises(SystemExit):
         dev.main(["run", "--sede", "3"])
     assert "--sede" in capsys.readouterr().err
+
+
+def test_a_version_of_comfyui_for_the_tests_is_refused(dev, capsys):
+    assert dev.main(["test", "--version", "0.18.2"]) == 1
+    assert "use --comfyui PATH" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("jobs", ["0", "-1", "two"])
