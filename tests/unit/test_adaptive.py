@@ -260,3 +260,34 @@ def test_bad_input_of_linear_ag():
     LinearAG(coefficients=found, end=0.5).check(setup(weights=[3.0] * 7 + [1.0] * 3))  # off after its own window
     with pytest.raises(GuidanceError, match=r"\(LinearAG\).*above 1.*already take one evaluation"):
         LinearAG().check(setup(cfg=1.0))
+
+
+def test_coefficients_may_meet_steps_without_guidance_where_they_predict():
+    found, _ = fitted(torch.randn(1, 4, 3, 5, dtype=torch.float64), 4)
+    LinearAG(coefficients=found).check(setup(weights=[3.0, 1.0, 3.0, 1.0]))  # off where it predicts anyway
+
+
+def test_a_run_that_begins_later_evaluates_first():
+    x = torch.randn(1, 4, 3, 5, dtype=torch.float64)
+    found, _ = fitted(x, 4)
+    assert not LinearAG(coefficients=found).predicts_uncond(at(x, 1, steps=4))  # a run that starts at its second step
+
+
+def test_advice_comes_at_the_end_of_the_window(caplog):
+    x, method, states = torch.randn(1, 4, 2, 2, dtype=torch.float64), AdaptiveGuidance(end=0.45), {}
+    with caplog.at_level(logging.WARNING, "rudder"):
+        for index in range(5):  # the executor asks no more after the window
+            run_step(at(x, index, weight=3.0, states=states), with_cosine(x, [0.5]), method)
+    assert "did not reach the threshold" in caplog.text
+
+
+def test_the_ridge_is_relative_to_the_data():
+    _, products = fitted(torch.randn(1, 4, 3, 5, dtype=torch.float64), 6)
+    sigmas = torch.linspace(1, 0.1, 6)
+    close(fit(100 * products, sigmas, 2, ridge=0.1).cond, fit(products, sigmas, 2, ridge=0.1).cond)
+
+
+def test_errors_are_shares_of_the_push():
+    products = gram(torch.tensor([[0.0], [3.0], [0.0], [1.0]]))  # eps_c of two steps, eps_u
+    none = Coefficients(torch.tensor([1.0, 0.5]), torch.zeros(2, 2), torch.zeros(2, 2), 2)
+    assert errors(products, none) == (1 / 4, 1.0)  # of |eps_u - eps_c|^2 = 4: 1 is left with 0, 4 with the held push

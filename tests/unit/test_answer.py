@@ -166,3 +166,11 @@ def test_bad_input():
         ANSWER(cap=-1.0)
     with pytest.raises(GuidanceError, match=r"ANSWER.*cfg above 1.*NAG"):
         ANSWER().check(setup(cfg=1.0))
+
+
+def test_the_trace_has_the_found_push():
+    x, cond, uncond = torch.randn(3, 2, 2, 3, 3)
+    now = at(x)
+    ANSWER(chain=1, negative_scale=-2.0).refine(now, Predictions(cond, uncond))
+    close(now.record["found_push"], torch.full((2,), 2.0))
+    close(now.record["found_cosine"], -torch.ones(2))

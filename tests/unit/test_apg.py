@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rudder.guidance.apg import APG, SDXL, projected, radius
 from rudder.guidance.cfg import cfg
 from rudder.guidance.contract import GuidanceError, Predictions
-from rudder.guidance.space import dot, norm, shrink
+from rudder.guidance.space import cosine, dot, norm, shrink
 
 from .tensors import at, predictions, run_step, setup, weights
 
@@ -117,3 +117,28 @@ def test_a_run_without_guidance_is_refused():
         with pytest.raises(GuidanceError, match=r"\(APG\).*above 1.*FluxGuidance"):
             METHOD.check(run)
     METHOD.check(setup())
+
+
+def test_momentum_remembers_the_whole_push():
+    x, cond, first, second = torch.randn(4, 1, 4, 3, 3, dtype=torch.float64)
+    method, states = APG(eta=1.0, threshold=0.01, momentum=-0.5), {}
+    for index, uncond in enumerate((first, second)):
+        result = run_step(at(x, index, weight=2.0, states=states), Predictions(cond, uncond), method)
+    push = (cond - second) - 0.5 * (cond - first)
+    close(result, cond + push * radius(0.01, x) / norm(push))
+
+
+def test_the_trace_has_the_push_with_its_momentum():
+    x, cond, first, second = torch.randn(4, 2, 4, 3, 3)
+    method, states = APG(), {}
+    for index, uncond in enumerate((first, second)):
+        now = at(x, index, states=states)
+        run_step(now, Predictions(cond, uncond), method)
+    push = (cond - second) - 0.5 * (cond - first)
+    close(now.record["parallel"], cosine(push, cond))
+    close(now.record["clipped"], shrink(push, radius(15.0, x)))
+
+
+def test_momentum_of_minus_one_is_refused():
+    with pytest.raises(GuidanceError, match="momentum"):
+        APG(momentum=-1.0)

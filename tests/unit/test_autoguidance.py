@@ -9,6 +9,7 @@ from hypothesis import given
 from rudder.guidance.autoguidance import AutoGuidance
 from rudder.guidance.cfg import cfg
 from rudder.guidance.contract import GuidanceError, Predictions, Variant
+from rudder.guidance.space import cosine, norm
 
 from .tensors import at, predictions, run_step, weights
 
@@ -63,3 +64,11 @@ def test_the_trace_tells_how_far_the_models_differ():
 def test_bad_input():
     with pytest.raises(GuidanceError, match="weight is inf; give a finite number, 1 for none"):
         method(float("inf"))
+
+
+def test_the_trace_has_good_minus_bad():
+    x, good, uncond, bad = torch.randn(4, 2, 2, 3, 3)
+    now = at(x)
+    run_step(now, Predictions(good, uncond, {Variant("cond", model="m"): bad}), AutoGuidance(bad="m"))
+    close(now.record["bad_norm"], norm(good - bad))
+    close(now.record["bad_cosine"], cosine(good - bad, good - uncond))

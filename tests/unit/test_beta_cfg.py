@@ -118,3 +118,10 @@ def test_bad_input():
     with pytest.raises(GuidanceError, match=r"cfg is 1\)"):
         BetaCFG().check(setup(cfg=1.0, weights=at_cfg_1))
     BetaCFG().check(setup(cfg=1.0, weights=[5 * w for w in at_cfg_1]))  # Guidance Weight (CFG) on the same model
+
+
+def test_the_trace_has_the_length_in_eps():
+    x, cond, uncond = torch.randn(3, 2, 4, 3, 3)
+    now = at(x, 4)
+    run_step(now, Predictions(cond, uncond), BetaCFG())
+    close(now.record["eps_norm"], eps_length(cond - uncond, now.sigma), rtol=1e-4, atol=1e-4)

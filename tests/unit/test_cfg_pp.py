@@ -13,7 +13,7 @@ from rudder.guidance.cfg import cfg
 from rudder.guidance.contract import GuidanceError
 from rudder.guidance.space import Parametrisation, noise_from_x0, signal
 from rudder.inversion.cfg_pp import CFGPP, SOLVERS, at_lambda, fresh, weight
-from rudder.inversion.solver import euler
+from rudder.inversion.solver import check_falling, euler
 
 from .tensors import KINDS, kinds, predictions
 
@@ -241,3 +241,13 @@ def test_bad_settings(options, says):
 def test_bad_sigmas(sigmas):
     with pytest.raises(GuidanceError, match="sigmas must fall at every step"):
         CFGPP().sample(at_weight(denoiser()), start(FLOW), sigmas, FLOW, no_noise)
+
+
+def test_a_negative_eta_is_refused():
+    with pytest.raises(GuidanceError, match="eta is -0.5"):
+        CFGPP(eta=-0.5)
+
+
+def test_noise_levels_that_do_not_fall_are_refused():
+    with pytest.raises(GuidanceError, match="must fall"):
+        check_falling("t", [math.inf, 1.0, 0.0])

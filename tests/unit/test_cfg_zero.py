@@ -108,3 +108,16 @@ def test_bad_input():
         CFGZero(zero_steps=4).check(replace(setup(steps=4), steps=flow, parametrisation=Parametrisation.FLOW))
     with pytest.raises(GuidanceError, match=r"CFG-Zero\*.*cfg above 1.*no meaning"):
         CFGZero().check(setup(cfg=1.0))
+
+
+def test_zero_init_is_for_pure_noise_alone():
+    late = step(0, parametrisation=FLOW)
+    late.sigmas = late.sigmas[1:]  # 0.9
+    assert not CFGZero().zeroed(late)
+
+
+def test_the_trace_has_the_scale():
+    x, cond, uncond = torch.randn(3, 2, 4, 3, 3)
+    now = at(x)
+    run_step(now, Predictions(cond, uncond), CFGZero(zero_steps=0))
+    close(now.record["negative_scale"], optimal_scale(residual(x, cond), residual(x, uncond)))

@@ -178,3 +178,10 @@ def test_methods_of_different_roles_compose():
         plan = extended(plan, method)
     assert len(plan) == 5
     assert len(extended(plan, LimitedInterval(sigma_low=1.0))) == 6  # a gate decides nothing alone
+
+
+def test_guided_only_leaves_out_pictures_that_guidance_has_left():
+    now, push = step(), torch.ones(2, 3)
+    assert now.guided_only(push) is push
+    now.left = torch.tensor([True, False])
+    assert now.guided_only(push).tolist() == [[0] * 3, [1] * 3] and now.guided_only(push[:, 0]).tolist() == [0, 1]

@@ -189,3 +189,8 @@ def test_bad_input():
     for sigma in (-1.0, float("nan")):
         with pytest.raises(GuidanceError, match=r"\(SEG\): sigma is .*; it must be 0"):
             SmoothedEnergy(sigma=sigma)
+
+
+@pytest.mark.parametrize("name", ["middle.0", "joint.1", "double.1", "block.9"])
+def test_the_default_block_of_every_family(name):
+    assert Identity(blocks=BLOCKS).acts_at(Site(name, "self" if name[0] in "mb" else "joint"))

@@ -131,3 +131,8 @@ def test_bad_input():
     for value, says in bad:
         with pytest.raises(GuidanceError, match=f"scorer function gave .*{says}.*for 2 pictures"):
             run_step(at(x), Predictions(x, -x), dynamic(lambda x0, step, value=value: value, 3.0))
+
+
+def test_the_spread_is_about_the_mean():
+    x0 = torch.randn(3, 4, 2, 5) + 2.0
+    close(spread(x0), x0.flatten(1).std(1, unbiased=False))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -13,7 +16,7 @@ from rudder.attention.sites import Site, numbered
 from rudder.guidance.contract import GuidanceError
 from rudder.guidance.features import PlugAndPlay
 
-from .tensors import at, step
+from .tensors import at, setup, step
 from .test_mutual import acting, attend, attention, close, made, sd15, through
 
 
@@ -76,3 +79,9 @@ def test_a_window_of_nothing_edits_nothing():
 def test_a_share_is_a_share(name):
     with pytest.raises(GuidanceError, match="_percent is 1.5; it must be from 0 to 1"):
         PlugAndPlay(**{name: 1.5})
+
+
+def test_sd15_gets_no_warning(caplog):
+    with caplog.at_level(logging.WARNING, "rudder"):
+        PlugAndPlay().check(replace(setup(), sites=SD15 + sd15()))
+    assert not caplog.records

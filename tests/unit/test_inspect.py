@@ -98,3 +98,8 @@ def test_what_is_no_position_is_refused(text):
 def test_a_token_beyond_the_text_is_refused():
     with pytest.raises(ValueError, match="tokens: 7 is beyond the text, which has the tokens 0 to 4"):
         text_maps(joint(), (2, 7))
+
+
+def test_a_token_beyond_the_text_is_named():
+    with pytest.raises(ValueError, match="tokens: 5 is beyond the text"):
+        text_maps(joint(), (5,))

@@ -9,6 +9,7 @@ from hypothesis import given
 from rudder.guidance.cfg import cfg
 from rudder.guidance.contract import GuidanceError, Predictions, Variant
 from rudder.guidance.instruct import IMAGELESS, InstructGuidance
+from rudder.guidance.space import cosine
 
 from .tensors import at, predictions, prompt, run_step, setup, weights
 
@@ -58,3 +59,17 @@ def test_bad_input():
     with pytest.raises(GuidanceError, match="there is no negative"):
         InstructGuidance().check(setup(has_negative=False))
     InstructGuidance().check(setup(cfg=1.0))
+
+
+def test_the_push_of_the_image_is_that_of_the_plain_predictions():
+    x, both, only_image, neither, changed = torch.randn(5, 1, 2, 3, 3)
+    now = at(x)
+    now.plain = Predictions(both, only_image, {IMAGELESS: neither})
+    close(InstructGuidance(weight=3.0).term(now, now.plain.replace(uncond=changed)), 2 * (only_image - neither))
+
+
+def test_the_trace_has_the_cosine_of_image_and_text():
+    x, both, only_image, neither = torch.randn(4, 2, 2, 3, 3)
+    now = at(x)
+    run_step(now, Predictions(both, only_image, {IMAGELESS: neither}), InstructGuidance())
+    close(now.record["image_cosine"], cosine(only_image - neither, both - only_image))

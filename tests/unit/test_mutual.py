@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rudder.attention.contract import Call
-from rudder.attention.foreground import Masked, Masks
+from rudder.attention.foreground import Masked, Masks, tokens_of
 from rudder.attention.local_blend import WordMaps
 from rudder.attention.mutual import FLUX_CONTENT, Mutual
 from rudder.attention.sites import Site, numbered
@@ -219,3 +219,32 @@ def test_word_masks_read_the_text_of_a_joint_call():
     expected = torch.zeros(2, 4, 4)
     expected[0, 0], expected[1, 3] = 1.0, 1.0
     assert torch.equal(torch.cat([masks.source, masks.edits]), expected)
+
+
+def test_a_mask_is_repeated_frame_after_frame():
+    call = replace(made(samples=2), site=Site("block.0", "self", grid=(4, 2, 2)))
+    assert tokens_of(torch.tensor([[[1.0, 0], [0, 1]]]), call)[0].tolist() == [True, False, False, True] * 4
+
+
+def test_a_token_is_foreground_from_half_of_it_on():
+    fine = torch.zeros(1, 8, 8)
+    fine[0, 0, 0], fine[0, 0, 2:4] = 1, 1  # a quarter of token 0, half of token 1
+    assert tokens_of(fine, made())[0].nonzero().flatten().tolist() == [1]
+
+
+def test_a_part_that_the_source_lacks_sees_all_of_it():
+    call, ones = made(samples=2), torch.ones(1, 4, 4)
+    close(through(Masked(masks=Masks(ones, 0 * ones)), call), through(Mutual(), call))
+
+
+def test_word_masks_sum_sites_and_steps_and_scale_each_picture_alone():
+    edit, states, past = WordMasks(tokens=[[1], [1]]), {}, 0.0
+    site = Site("input.5.0", "cross", 1, 2, GRID, slice(0, N))
+    for i in range(4):  # two sites in each of two steps
+        call = replace(made(i, samples=2, roles=("cond",)), site=site, step=step(i // 2, states=states))
+        call = call.replace(q=call.q * torch.tensor([1.0, 0.1])[:, None, None, None])  # the edit's map is much flatter
+        edit.output(call, lambda q=call.q: q)
+        past = past + call.probabilities().mean(1)[..., 1]
+    low, high = past.amin(1, keepdim=True), past.amax(1, keepdim=True)
+    found = edit.masks(step(2, states=states))
+    assert torch.equal(torch.cat([found.source, found.edits]).flatten(1), ((past - low) / (high - low) >= 0.1).float())

@@ -91,3 +91,16 @@ def test_bad_input(given, says):
 def test_the_positive_as_negative_is_refused():
     with pytest.raises(GuidanceError, match="identical to the positive"):
         NAG(negative=prompt("negative")).check(setup(likeness="positive"))
+
+
+def test_it_acts_on_the_positive_alone_with_its_own_numbers():
+    method = NAG(negative=prompt("negative"))
+    ((edit, on),) = method.edits(at(torch.zeros(1, 4, 2, 2), sites=[Site("a.0", "joint")]))
+    assert on == ("cond", method.branch) and (edit.scale, edit.tau, edit.alpha) == (5.0, 2.5, 0.25)
+
+
+def test_a_method_that_changes_image_tokens_is_named():
+    edit = JointNormalisedGuidance(negative="n")
+    assert edit.company == ("cond", "n")
+    with pytest.raises(ValueError, match="changes the image tokens of 'double.0'"):
+        edit.across(Site("double.0", "joint", grid=None), ("cond", "n"), [torch.zeros(1, 1, 4, 2)] * 2)

@@ -13,7 +13,7 @@ from rudder.guidance.cfg import cfg
 from rudder.guidance.contract import GuidanceError, Predictions
 from rudder.guidance.negative import ExtraNegative
 from rudder.guidance.perpneg import PerpNeg, perpendicular
-from rudder.guidance.space import dot, norm
+from rudder.guidance.space import cosine, dot, norm
 
 from .tensors import at, predictions, prompt, run_step, setup, step, weights
 
@@ -131,3 +131,13 @@ def test_bad_input():
             PerpNeg(**fields)
     with pytest.raises(GuidanceError, match="weight is inf"):
         ExtraNegative(negative=ONE, weight=math.inf)
+
+
+@pytest.mark.parametrize("kind", [PerpNeg, ExtraNegative])
+def test_the_trace_has_the_overlap(kind):
+    one = prompt("negative")
+    method = PerpNeg(negatives=(one,)) if kind is PerpNeg else ExtraNegative(negative=one)
+    x, cond, uncond, negative = torch.randn(4, 2, 4, 3, 3)
+    now = at(x)
+    run_step(now, Predictions(cond, uncond, {one: negative}), method)
+    close(now.record["overlap"], cosine(negative - uncond, cond - uncond))

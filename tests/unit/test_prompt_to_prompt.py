@@ -10,16 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rudder.attention.edit_prompts import EditPrompts
-from rudder.attention.local_blend import blended, masks
+from rudder.attention.local_blend import WordMaps, blended, masks
 from rudder.attention.operations import MODES, Operation, edited_map, operation
-from rudder.attention.prompt_to_prompt import TextMaps, folded
-from rudder.guidance.contract import GuidanceError
-from rudder.guidance.editing import check_sizes
+from rudder.attention.prompt_to_prompt import SameLayout, TextMaps, folded
+from rudder.guidance.contract import GuidanceError, Predictions
+from rudder.guidance.editing import check_positive, check_sizes
 from rudder.guidance.local_blend import LocalBlend
 from rudder.guidance.prompt_to_prompt import PromptToPrompt
 
-from .tensors import at, step
-from .test_mutual import N, attend, made
+from .tensors import at, setup, step
+from .test_mutual import GRID, N, attend, made
 from .test_words import edit, prompts, tokens
 
 close = torch.testing.assert_close
@@ -292,3 +292,76 @@ def test_maps_are_not_compared_across_parts():
     assert torch.equal(edit.output(cross.only(slice(0, 1)), lambda: call.v), call.v), "the source alone is plain"
     with pytest.raises(ValueError, match=r"another edit of 'output.3.0' sets the source apart"):
         edit.output(cross.only(slice(1, None)), lambda: call.v)
+
+
+@pytest.mark.parametrize(("limit", "acts"), [(N, True), (N - 1, False)])
+def test_a_limit_on_tokens_includes_itself(limit, acts):
+    call, layout = made(samples=2), SameLayout(tokens=limit)
+    assert (layout.inputs(call) is not call) == acts == ("acted" in layout.seen)
+    words = WordMaps(columns=[([1], [1])], lengths=[N, N], tokens=limit)
+    words.output(replace(call, site=replace(call.site, kind="cross", text=slice(0, N))), lambda: call.q)
+    assert bool(words.maps) == acts
+
+
+def test_word_maps_are_summed_and_each_edit_reads_its_own_words():
+    call = made(samples=3)
+    call = replace(call, site=replace(call.site, kind="cross", text=slice(0, N)))
+    words = WordMaps(columns=[([1], [2]), ([3], [4])], lengths=[N] * 3)
+    ahead = step(0)
+    ahead.plain = Predictions(ahead.x, None)
+    for met in (call, call, replace(call, step=ahead), replace(call, latent=(1, 2))):  # a look ahead, an area: not read
+        words.output(met, lambda: call.q)
+    seen = call.by_sample(call.probabilities())[1].mean(1)
+    expected = torch.stack([seen[0, :, [1, 3]].T, torch.stack([seen[1, :, 2], seen[2, :, 4]])])
+    close(words.maps[GRID], 2 * expected)
+
+
+def test_every_part_acts_in_its_own_window():
+    method = PromptToPrompt(edit=DOG, cross_end=0.3, self_end=0.6, ends=(("ran", 0.1),))
+    x = torch.zeros(3, 4, 2, 2)
+    kinds = [[type(edit).__name__ for edit, _ in method.edits(at(x, i))] for i in range(10)]
+    assert kinds == [["TextMaps", "SameLayout"]] * 3 + [["SameLayout"]] * 3 + [[]] * 4
+    (maps, on), _ = method.edits(at(x, 2))
+    assert on == ("cond",) and maps.inside[1][2] and not maps.inside[1][3], "'ran' has ended, 'cat' has not"
+
+
+def test_word_weights_leave_text_rows_alone_and_end_with_their_window():
+    call, edit = made(text=4), weighing(None, None, 3.0, text=4)
+
+    def on(edit):
+        return edit.output(call, lambda other=None: attend(other or call))
+
+    assert torch.equal(on(edit)[:, :, :4], attend(call)[:, :, :4]), "text rows stay"
+    close(on(replace(edit, inside=[None, None, torch.zeros(4, dtype=torch.bool)])), attend(call))
+
+
+def test_weights_that_sum_to_nothing_do_not_blow_up():
+    out = new("a dog", "a dog", renorm="row", weights=[(i, -1.0) for i in range(LENGTH)])
+    close(out, -SOURCE / 0.1)  # not turned round, and not blown up
+
+
+def test_words_are_exchanged_one_by_one():
+    out = edited_map(SOURCE, TARGET, how("a red hippopotamus ran", "a enormous cat ran", "replace"))
+    close(out[:, 2:4], SOURCE[:, 2:3].expand(-1, 2) / 2)
+    close(out[:, 4], SOURCE[:, 3:5].sum(-1))
+
+
+def test_every_edits_map_is_judged_by_its_own_maximum():
+    seen = torch.zeros(2, 2, 1, 6, 8)
+    seen[:, 0, :, 1, 1], seen[:, 1, :, 4, 6] = 5.0, 0.01
+    assert masks({(1, 6, 8): seen.flatten(2)}, 0.3, (6, 8)).flatten(1).sum(1).tolist() == [9, 9]
+
+
+def test_the_trace_has_the_changed_area():
+    method, now = LocalBlend(edit=DOG, blend_start=0.0), at(torch.zeros(3, 4, 8, 8))
+    seen = torch.zeros(2, 2, 1, 8, 8)
+    seen[:, :, :, 3, 3] = 1.0
+    now.state(method)["maps"] = {(1, 8, 8): seen.flatten(2)}
+    method.finish(now, now.x)
+    close(now.record["changed_area"], torch.full((2,), 9 / 64))
+
+
+def test_a_combined_positive_with_another_entry_is_refused():
+    own, other = torch.randn(2, 3, 12, 8)
+    with pytest.raises(GuidanceError, match="positive is not that of the prompts"):
+        check_positive("P2P", replace(DOG, features=(own,)), replace(setup(), features=[own, other]))

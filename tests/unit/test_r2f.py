@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import pytest
@@ -126,3 +127,11 @@ def test_a_frequent_prompt_that_says_nothing_new_is_refused(likeness):
 def test_the_first_and_the_last_step_of_one():
     assert torch.equal(step(0, 1).sigmas, torch.tensor([1.0, 0.0]))
     assert schedule(R2F(frequent=FREQUENT, stop=1.0), 1) == [FREQUENT]
+
+
+def test_a_stop_at_the_start_warns(caplog):
+    with caplog.at_level(logging.WARNING, "rudder"):
+        R2F(frequent=prompt()).check(setup())
+        assert not caplog.records
+        R2F(frequent=prompt(), stop=0.0).check(setup())
+    assert "the node changes nothing" in caplog.text

@@ -17,6 +17,7 @@ from rudder.guidance.space import Parametrisation, noise_from_x0
 
 from .tensors import at, kinds, run_step, seeds
 from .test_contrast import a_call, attend, grids, texts
+from .test_contrast import attend as plain_attend
 
 close = torch.testing.assert_close
 SAG = SelfAttentionGuidance(strength=0.7, sigma=1.0)
@@ -183,3 +184,32 @@ def test_a_prompt_that_sees_less_than_the_picture_is_told():
     now.weight, now.plain = 1.0, Predictions(now.x, None)
     with pytest.raises(GuidanceError, match="the positive is evaluated in parts"):
         SAG.term(now, now.plain)
+
+
+def test_salience_is_the_mean_of_the_maps():
+    now, (a, b) = at(torch.zeros(1, 3, 4, 4)), torch.rand(2, 1, 1, 2, 2)
+    now.state(SAG)["cond"] = [a, b]
+    close(SAG.salience(now, "cond"), (a + b) / 2)
+
+
+def test_a_negative_is_not_asked_where_nothing_guides():
+    x, asked, maps = torch.randn(1, 3, 4, 4), [], torch.tensor([[[[0.5, 1.5]]]])
+    now = at(x, weight=1.0, evaluate=lambda y, s, *roles: asked.append(roles) or [x])
+    now.state(SAG).update(cond=[maps], uncond=[maps])
+    run_step(now, Predictions(x, x + 1), SAG)  # a negative for another method, not for guidance
+    assert asked == [("cond",)]
+
+
+def test_the_trace_has_the_salient_share():
+    x, maps = torch.randn(1, 3, 4, 4), torch.tensor([[[[1.5, 0.9, 0.8, 0.8]]]])
+    now = at(x, weight=1.0, evaluate=lambda *a: [x])
+    now.state(SAG)["cond"] = [maps]
+    run_step(now, Predictions(x, None), SAG)
+    assert now.record["salient"].tolist() == [0.25]
+
+
+def test_a_part_of_a_videos_frames_is_not_read():
+    now = at(torch.zeros(2, 4, 3, 2, 2))
+    call = a_call((1, 2, 2)).replace(step=now, latent=(1, 2, 2))  # one of three frames
+    Salience(owner=SAG).output(call, lambda: plain_attend(call))
+    assert not now.state(SAG)

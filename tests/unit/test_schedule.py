@@ -132,3 +132,7 @@ def test_runs_in_which_it_could_not_act():
     Schedule().check(setup(weights=[1.0, 9.0]))
     blank = Schedule(shape="curve", points=((0.0, 0.0),))
     assert course(blank, 7.0, 4) == [1.0] * 4  # which check refuses
+
+
+def test_a_high_cfg_is_accepted():
+    Schedule().check(setup(weights=[1.0, 199.0]))

@@ -83,3 +83,10 @@ def test_bad_input():
     TAG().check(setup(cfg=1.0))
     with pytest.raises(GuidanceError, match="'tangential'"):
         CTAG().check(setup(cfg=1.0))
+
+
+def test_the_trace_has_the_tangential_share():
+    x, x0 = torch.randn(2, 2, 4, 3, 3)
+    now = at(x)
+    TAG().finish(now, x0)
+    close(now.record["tangential"], norm(perpendicular(x0, x)) / norm(x0))

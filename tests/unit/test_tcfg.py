@@ -82,3 +82,11 @@ def test_it_rests_without_guidance_and_records():
 def test_a_run_without_guidance_is_refused():
     with pytest.raises(GuidanceError, match=r"\(TCFG\).*above 1.*remove the node"):
         METHOD.check(setup(cfg=1.0))
+
+
+def test_the_trace_has_what_is_removed():
+    x, cond, uncond = torch.randn(3, 2, 4, 3, 3)
+    now = at(x)
+    run_step(now, Predictions(cond, uncond), TCFG())
+    e_u = residual(x, uncond)
+    close(now.record["removed"], norm(damped(e_u, residual(x, cond)) - e_u) / norm(e_u))

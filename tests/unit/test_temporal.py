@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 
+from rudder.guidance import temporal_fit
 from rudder.guidance.contract import GuidanceError, Predictions
 from rudder.guidance.space import Parametrisation, expand, norm
 from rudder.guidance.temporal import TemporalTAG
@@ -184,3 +185,18 @@ def test_bad_input():
     with pytest.raises(GuidanceError, match="reads latents of 4 channels and this model's have 3"):
         now = at(torch.randn(1, 3, 4, 4))
         TemporalTAG(predictor=random_predictor()).latent(now, now.x)
+
+
+def test_the_trace_has_gap_and_shift():
+    x = torch.randn(2, 4, 6, 6)
+    _, now = one_step(TemporalTAG(predictor=random_predictor(), strength=1e6, limit=0.05), x, lambda y: y / 2)
+    places, length = place(now.sigma.float(), now.parametrisation)
+    close(now.record["time_gap"], alignment(random_predictor(), x / length[0], places)[1] - places)
+    close(now.record["shift"], torch.full((2,), 0.05))
+
+
+def test_the_error_is_of_latents_it_has_not_seen(monkeypatch):
+    seen, cut = [], temporal_fit.cropped
+    monkeypatch.setattr(temporal_fit, "cropped", lambda x, *a: seen.append(x[:, 0, 0, 0].tolist()) or cut(x, *a))
+    temporal_fit.train(torch.arange(16.0).reshape(16, 1, 1, 1).expand(-1, 4, 4, 4), 3)
+    assert max(map(max, seen[:-1])) < 14 and seen[-1] == [14, 15]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -79,3 +80,13 @@ def test_changed_words_and_the_report():
     assert said[4] == "  CLIP: a [+ fluffy (2 tokens)] red cat [- on the mat]"
     assert said[6] == "  CLIP: a red cat on the mat"
     assert "not known" in EditPrompts(("a", "b"), ((), ())).report()
+
+
+@pytest.mark.parametrize("phrase", ["ca", "sung"])
+def test_a_piece_of_a_word_is_no_word(phrase):
+    assert Tokens("CLIP", ("a", "cat", "and", "a", "Cat", "sun", "glasses"), ()).find(phrase) == []
+
+
+def test_prompts_repeat_only_where_all_of_them_agree():
+    same, other = torch.ones(2, 3, 4), torch.arange(24.0).reshape(2, 3, 4)
+    assert not EditPrompts(("a", "a"), ((), ()), (same, other)).repeats(1)
