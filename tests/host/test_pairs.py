@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import pkgutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,6 +36,13 @@ def test_every_method_is_in_the_registry():
         importlib.import_module(f"rudder.guidance.{module.name}")
     ours = {kind for kind in subclasses(Guidance) if kind.__module__.startswith("rudder.guidance.")}
     assert ours - {Guidance, Trace} - NEED_A_SOURCE == {type(entry.method) for entry in METHODS.values()}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_refuses_a_window_that_is_none(name):
+    for start, end in ((0.6, 0.5), (-0.1, 0.5), (0.5, 1.1)):
+        with pytest.raises(GuidanceError, match="start.*end.*must satisfy"):
+            replace(METHODS[name].method, start=start, end=end)
 
 
 @pytest.mark.parametrize("pair", TOGETHER, ids=" + ".join)
