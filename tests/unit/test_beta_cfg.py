@@ -42,7 +42,8 @@ def test_it_is_the_papers_rule_on_eps(tensors, weight, gamma, index):
     method, sigma = BetaCFG(alpha=2, beta=3, gamma=gamma), float(step(index).level)
     d = ((x - cond) - (x - uncond)) / sigma
     length = expand(norm(d) * math.sqrt(4 * 64 * 64 / d[0].numel()), d)
-    eps = (x - uncond) / sigma + beta_density(index / 9, 2, 3) * weight * d / length**gamma
+    density = 12 * (index / 9) * (1 - index / 9) ** 2  # of Beta(2, 3)
+    eps = (x - uncond) / sigma + density * weight * d / length**gamma
     close(guided(method, x, cond, uncond, weight, index), x - sigma * eps, rtol=1e-5, atol=1e-5)
 
 

@@ -102,7 +102,7 @@ def test_masks_are_the_papers_two_terms(seed, union):
         close(out[1, i], m * part(i, seen) + (1 - m) * part(i, ~seen))
 
 
-def test_masks_are_scaled_to_the_grid_and_repeated_over_frames():
+def test_masks_are_scaled_to_the_grid():
     call = made(text=3)
     big = torch.zeros(1, 32, 64)
     big[:, :, 32:] = 1
