@@ -120,6 +120,15 @@ def test_the_schedule_is_drawn_in_the_node_and_leaves_no_trace(comfy, tmp_path):
 
 
 @pytest.mark.skipif(BROWSER is None, reason="there is no Chromium")
+def test_nodes_that_fit_get_no_new_seed_at_each_queue(comfy, tmp_path):
+    """A widget 'control after generate' would change it, and the work would be done again."""
+    script = """["RudderFitLinearAG", "RudderTrainTimePredictor", "KSampler"].map(
+      (type) => LiteGraph.createNode(type).widgets.map(({ name }) => name).filter((name) => /control/.test(name)))"""
+    fit, train, sampler = asyncio.run(asyncio.wait_for(in_browser(comfy.address, script, tmp_path), 240))
+    assert (fit, train) == ([], []) and sampler, "the sampler has one"
+
+
+@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium")
 def test_no_node_of_a_workflow_covers_another(comfy, tmp_path):
     workflows = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in WORKFLOWS.glob("*.json")}
     assert workflows
