@@ -18,6 +18,7 @@ from .space import expand
 from .temporal_net import TimePredictor, log_probability
 
 BINS, WIDTHS = 64, (32, 64)
+LEAST = 16  # latents: with fewer none are held back to tell how good the net is
 
 
 def fresh(channels: int, generator: torch.Generator, bins: int = BINS, widths: tuple[int, ...] = WIDTHS) -> dict:
@@ -59,7 +60,7 @@ def train(
     with torch.inference_mode(False), torch.enable_grad():
         data = latents.detach().float().cpu().clone()
         data = data.movedim(2, 1).flatten(0, 1) if data.ndim == 5 else data
-        held = max(len(data) // 8, 1) if len(data) >= 16 else 0
+        held = max(len(data) // 8, 1) if len(data) >= LEAST else 0
         known = data[: len(data) - held]
         generator = torch.Generator().manual_seed(seed)
         weights = {k: w.requires_grad_() for k, w in fresh(data.shape[1], generator).items()}

@@ -23,7 +23,7 @@ from ..guidance.dynamic import DynamicCFG
 from ..guidance.linear_fit import Coefficients, errors, fit, gram
 from ..guidance.scorers import Overshoot
 from ..guidance.temporal import TemporalTAG
-from ..guidance.temporal_fit import train
+from ..guidance.temporal_fit import LEAST, train
 from ..guidance.temporal_net import TimePredictor
 from ..host import plan_of
 from ..host.collect import predictions
@@ -38,7 +38,6 @@ PredictorType = io.Custom("RUDDER_TIME_PREDICTOR")
 BUNDLED = "shapes (bundled)"
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 LOADERS = "model/loaders/rudder"
-LEAST = 16  # latents: below it none can be held back to tell how good the net is
 SEEDS = 2**64
 log = logging.getLogger("rudder")
 
