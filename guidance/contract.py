@@ -4,10 +4,10 @@ A method is a frozen dataclass that derives from :class:`Guidance`. It is append
 one executor (``host/run.py``) runs the whole plan at every step, in this order:
 
 1. ``scale``      the guidance weight, before anything is evaluated (a weight of 1 drops the negative branch)
-   ``latent``     what the model sees in place of the sampler's latent
    ``left``       which pictures of the batch guidance has left, while it goes on for others
-   ``predicts_uncond``  whether the negative is not evaluated although there is guidance
+   ``latent``     what the model sees in place of the sampler's latent
 2. ``sources``    which conditioning plays the role "cond" or "uncond" at this step (prompt scheduling)
+   ``predicts_uncond``  whether the negative is not evaluated although there is guidance
 3. ``branches``   further conditionings to evaluate; all of them ride in one batched call of the host
    ``edits``      what attention does inside that call (``attention/contract.py``)
 4. ``refine``     change the branch predictions
@@ -31,7 +31,7 @@ different ranks or share a role in ``claims``, so the wiring never decides the r
      9 to 11  the same, by what attention does            PAG; SEG; SAG
      0 to 4  what attention does: words, layout, content  Prompt-to-Prompt; Plug-and-Play; MasaCtrl;
              of the edits; the negative; its sharpness    NAG; entropy
-     9, 10  what an edit keeps of its source              RIVAL; local blend
+     9, 10, 12  what an edit keeps; what samplers add    RIVAL; temporal TAG; local blend
 
 A method acts only while the noise level is inside its ``[start, end]`` window, so no method has to code that itself.
 
@@ -72,10 +72,12 @@ def check_finite(title: str, name: str, value: float, hint: str) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """A conditioning as a branch of the step. Equal when it wraps the same object, so shared anchors cost once."""
+    """A conditioning as a branch of the step. Equal when it wraps the same object, so shared anchors cost once.
+    ``negative``: it says what is not wanted."""
 
     conditioning: Any
     name: str
+    negative: bool = field(default=False, repr=False)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Prompt) and self.conditioning is other.conditioning
@@ -156,6 +158,7 @@ class Step:
         index: position of ``sigma`` in ``sigmas``, 0 .. N - 1. A solver's inner evaluation belongs to the interval
             that it falls in.
         weight: the guidance weight after the ``scale`` stage; 1 means no guidance.
+        player: the branch that plays the positive at this step; None for the guider's own, and before ``sources``.
         left: pictures, ``[B]`` bool, that guidance has left: to them every method does what it does to all at weight 1,
             see :meth:`guided_only`. None: there are none.
         plain: the predictions as the model gave them, None until they exist.
@@ -175,6 +178,7 @@ class Step:
     index: int
     parametrisation: Parametrisation
     weight: float = 1.0
+    player: Branch | None = None
     left: Tensor | None = None
     plain: Predictions | None = None
     preds: Predictions | None = None

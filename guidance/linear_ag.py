@@ -5,7 +5,8 @@
 In the first half of the run the negative is evaluated in every second step only; in the others its prediction is an
 affine combination of what was predicted so far. (The rule and "every second step of the first half" are recalled; the
 abstract confirms affine transformations of past scores.) Here eps is (x - x0) / sigma, the velocity for flow, and only
-evaluated negatives enter the sum, so that errors do not feed on themselves (both derived).
+evaluated negatives enter the sum, so that errors do not feed on themselves (both derived). The eps_c are one prompt's:
+where another plays the positive (R2F), each prompt has its own steps and its own past (derived).
 
 The b belong to one model and one list of noise levels and were not published: ``linear_fit.py`` finds them. Without
 them the last push is held: eps_u(k) = eps_c(k) + eps_u(j) - eps_c(j), j the last evaluated step (derived).
@@ -54,10 +55,18 @@ class LinearAG(Guidance):
                 "turns guidance off in some of them (an interval, a schedule, zero-init). Run it without coefficients."
             )
 
+    def memory(self, step: Step) -> dict:
+        """What is known of the prompt that plays the positive at this step."""
+        return step.state(self).setdefault(step.player, {})
+
     def position(self, step: Step) -> int:
-        """Fitted: the step at this noise level. Held: how many model calls came before, whatever the solver does."""
+        """Fitted: the step at this noise level. Held: how many model calls of this prompt came before, whatever the
+        solver does."""
         if self.coefficients is None:
-            return step.state(self).get("calls", 0)
+            return self.memory(step).get("calls", 0)
+        if step.player is not None:
+            raise GuidanceError(f"{self.title}: its coefficients belong to one prompt, and '{step.player.name}' plays "
+                                "the positive in some steps (R2F). Run without coefficients, or remove one of the two.")
         found = self.coefficients.step(step.level)
         if found is None:
             raise GuidanceError(
@@ -69,7 +78,7 @@ class LinearAG(Guidance):
 
     def past(self, step: Step) -> list[tuple[float, Tensor]] | None:
         """(b, eps of an earlier step) ... for this step's prediction; None where the negative must be evaluated."""
-        pairs: dict[int, tuple[Tensor, Tensor | None]] = step.state(self).get("pairs", {})
+        pairs: dict[int, tuple[Tensor, Tensor | None]] = self.memory(step).get("pairs", {})
         now = self.position(step)
         if self.coefficients is None:
             last = max(pairs, default=-self.every)
@@ -81,11 +90,11 @@ class LinearAG(Guidance):
         return [(b, pairs[i][kind]) for kind, row in enumerate(rows) for i, b in enumerate(row) if b]
 
     def predicts_uncond(self, step: Step) -> bool:
-        past = step.state(self)["past"] = None if step.weight == 1.0 else self.past(step)
+        past = self.memory(step)["past"] = None if step.weight == 1.0 else self.past(step)
         return past is not None
 
     def refine(self, step: Step, preds: Predictions) -> Predictions:
-        state, now = step.state(self), self.position(step)
+        state, now = self.memory(step), self.position(step)
         past = state["past"]
         sigma = expand(step.sigma, step.x)
         cond = residual(step.x, preds.cond) / sigma

@@ -45,7 +45,7 @@ class LocalBlend(Guidance):
 
     title = "Keep the Rest (Local Blend)"
     claims = frozenset({"places where the edits differ"})
-    rank = 10  # the last word on an edited picture
+    rank = 12  # the last word on an edited picture
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -38,7 +38,7 @@ class TemporalTAG(Guidance):
 
     title = "Noise Level Alignment (TAG)"
     claims = frozenset({"latent that the model sees"})
-    rank = 7  # last: what it adds is for the sampler
+    rank = 10  # after all that read the estimate: what it adds is for the sampler
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,8 +50,10 @@ class TemporalTAG(Guidance):
         state = step.state(self)
         if "predictor" not in state:
             if not self.predictor.fits(x):
-                raise GuidanceError(f"{self.title}: the predictor reads latents of {self.predictor.channels} channels "
-                                    f"and this model's have {x.shape[1]}. Train one on this model's latents.")
+                raise GuidanceError(f"{self.title}: the predictor reads latents of pictures or video with "
+                                    f"{self.predictor.channels} channels, and this model's are "
+                                    f"{'x'.join(map(str, x.shape[1:]))}. Train one on this model's latents; for sound "
+                                    "there is none.")
             with torch.inference_mode(False):
                 state["predictor"] = self.predictor.to(x)
         places, length = place(step.sigma.float(), step.parametrisation)
@@ -64,5 +66,6 @@ class TemporalTAG(Guidance):
         return x + state["shift"]
 
     def finish(self, step: Step, x0: torch.Tensor) -> torch.Tensor:
-        r = min(step.sigma_next / step.level, 0.999)
-        return x0 + r / (1 - r) * step.state(self)["shift"]
+        r = step.sigma_next / step.level
+        away = math.copysign(max(abs(1 - r), 0.001), 1 - r)  # below 0 in a run towards noise
+        return x0 + r / away * step.state(self)["shift"]

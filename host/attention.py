@@ -94,7 +94,7 @@ class Attention:
         options = given.get("transformer_options", {})
         roles = [self.who.get(uuid, ()) for uuid in options.get("uuids", ())]
         acting = [(edit, on) for edit, on in self.acting if any(concerns(on, role) for role in roles)]
-        acting = [(edit, on) for edit, on in acting if not self.alone(edit, roles)]
+        acting = [(edit, on) for edit, on in acting if not self.alone(edit, on, roles)]
         if not acting:
             return executor(x, t, *args, **kwargs)
         model, rows = executor.class_obj.diffusion_model, len(x)
@@ -133,10 +133,10 @@ class Attention:
         return out
 
     @staticmethod
-    def alone(edit: AttentionEdit, roles: Sequence[tuple[Any, ...]]) -> bool:
-        """Whether a pass holds nothing but the company of an edit: a branch whose own prediction nobody reads."""
+    def alone(edit: AttentionEdit, on: tuple[Any, ...], roles: Sequence[tuple[Any, ...]]) -> bool:
+        """Whether an edit acts on nothing in a pass but its company: a branch whose own prediction nobody reads."""
         guests = [who for who in edit.company if who != "cond"]
-        return bool(guests) and all(role and role[0] in guests for role in roles)
+        return bool(guests) and all(role and role[0] in guests for role in roles if concerns(on, role))
 
     def beside(
         self, who: Any, x: Tensor, t: Tensor, given: dict[str, Any], samples: int
@@ -148,14 +148,14 @@ class Attention:
         apart = ("control", "area", "hooks")
         if not entry or any(one.get(key) is not None for one in (entry, *here) for key in apart):
             return None
-        parts = {name: part.process_cond(batch_size=samples, area=None) for name, part in entry["model_conds"].items()}
+        parts = {name: here_too(part.process_cond(batch_size=samples, area=None), x.device)
+                 for name, part in entry["model_conds"].items()}
         mine = {name: value for name, value in given.items() if name not in ("control", "transformer_options")}
         if {name for name, value in mine.items() if value is not None} != set(parts):
             return None
         out, options = dict(given), given["transformer_options"]
         for name, part in parts.items():
-            chunk = mine[name][:samples] if isinstance(mine[name], Tensor) else mine[name]
-            if not type(part)(chunk).can_concat(part):
+            if not type(part)(each(lambda rows: rows[:samples], mine[name])).can_concat(part):
                 return None
             out[name] = type(part)(mine[name]).concat([part])
         out["transformer_options"] = {
@@ -183,6 +183,17 @@ class Attention:
             self.told = True
             log.warning("Rudder: %s: another node on this MODEL replaces or skips %s, where it could not act.",
                         edit.title, ", ".join(missed))
+
+
+def each(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """A tensor, or each of a list, changed; what is no tensor stays."""
+    return [change(one) for one in value] if isinstance(value, list) else (
+        change(value) if isinstance(value, Tensor) else value)
+
+
+def here_too(part: Any, device: torch.device) -> Any:
+    """A processed cond on the device of the pass: the host's own is on the first of several GPUs."""
+    return type(part)(each(lambda rows: rows.to(device), part.cond))
 
 
 def concerns(on: tuple[Any, ...], roles: tuple[Any, ...]) -> bool:
@@ -291,12 +302,14 @@ def to_other_text(now: Pass, kernel: Kernel) -> Callable[[Tensor, Any], Tensor]:
 
     def attend(q: Tensor, branch: Any) -> Tensor:
         entries = now.texts[branch]
-        if len(entries) != 1:
+        texts = {id(cond): cond for cond in (entry["model_conds"]["c_crossattn"] for entry in entries)}
+        if len(texts) != 1:  # the host gives copies of a prompt the areas of others
             raise GuidanceError(
-                f"The {branch.name} conditioning has {len(entries)} entries (areas, or several prompts combined), and "
-                "only its text is read here. Give one plain prompt."
+                f"The {branch.name} conditioning has {len(texts)} texts (several prompts combined), and only one can "
+                "be read here. Give one plain prompt."
             )
-        text = entries[0]["model_conds"]["c_crossattn"].process_cond(batch_size=now.samples, area=None).cond.to(q)
+        [text] = texts.values()
+        text = text.process_cond(batch_size=now.samples, area=None).cond.to(q)
         rows = [tokens.repeat(len(q) // now.samples, 1, 1) for tokens in now.tap.text(text)]
         return kernel.split_output(kernel.call(kernel.join(q), *rows, None))
 

@@ -25,10 +25,16 @@ PARTIAL = {"strength", "area", "mask", "start_percent", "end_percent", "clip_sta
 
 
 def converted(prompt: Prompt) -> Conds:
-    """A node's CONDITIONING in the form that guiders keep, with fresh uuids (cache packs key on them)."""
+    """A node's CONDITIONING in the form that guiders keep, with fresh uuids (cache packs key on them). A negative is
+    told to be one: the SDXL refiner scores it otherwise."""
     if not prompt.conditioning:
         raise GuidanceError(f"The {prompt.name} conditioning is an empty list; connect a text encode node's output.")
-    return helpers.convert_cond(prompt.conditioning)
+    return told_negative(helpers.convert_cond(prompt.conditioning)) if prompt.negative else (
+        helpers.convert_cond(prompt.conditioning))
+
+
+def told_negative(conds: Conds) -> Conds:
+    return [{"prompt_type": "negative", **entry} for entry in conds]
 
 
 def check_encoder(name: str, conds: Conds, positive: Conds) -> None:
@@ -54,7 +60,7 @@ def same_prompt(a: Conds, b: Conds) -> bool:
 
 
 def _same_entry(a: dict, b: dict) -> bool:
-    keys = (set(a) | set(b)) - {"model_conds", "uuid"}
+    keys = (set(a) | set(b)) - {"model_conds", "uuid", "prompt_type"}
     return all(_same_value(a.get(key), b.get(key)) for key in keys)
 
 
@@ -83,7 +89,8 @@ def mixed(mix: Mix, positive: Conds) -> Conds:
     out = []
     for entry in positive:
         entry = {**entry, "uuid": uuid.uuid4(), "model_conds": {}}
-        for key, what in TENSORS.items():
+        more = {key: "text features" for key in entry if key.startswith("conditioning_")}  # HiDream's, Hunyuan's
+        for key, what in (TENSORS | more).items():
             a, b = entry.get(key), other.get(key)
             if a is None or b is None:
                 continue
@@ -111,7 +118,26 @@ def convert_branches(branches: Iterable[Branch], own: dict[str, Conds]) -> dict[
         prompt = branch.prompt if isinstance(branch, Mix) else branch
         check_encoder(prompt.name, converted(prompt), own["cond"])
         out[branch] = mixed(branch, own["cond"]) if isinstance(branch, Mix) else converted(branch)
+        check_spread(branch.name, out[branch], own["cond"])
     return out
+
+
+def is_whole(entry: dict) -> bool:
+    """Whether an unprocessed entry speaks of the whole picture, if weighted by a mask."""
+    return entry.get("area") is None and not (entry.get("set_area_to_bounds") and entry.get("mask") is not None)
+
+
+def check_spread(name: str, conds: Conds, positive: Conds) -> None:
+    """Refuse what the host would divide by zero over: it puts the positive's ControlNet and boxes on one of the entries
+    without area of every other conditioning."""
+    spread = [c for c in positive if is_whole(c) and (
+        c.get("gligen") is not None or c.get("control") is not None and c.get("control_apply_to_uncond"))]
+    if spread and not any(map(is_whole, conds)):
+        raise GuidanceError(
+            f"Every entry of the {name} conditioning has an area, and the positive's ControlNet or boxes (GLIGEN) need "
+            "one without. Combine it with a prompt for the whole picture, or use 'Apply ControlNet' (not OLD) on both "
+            "prompts."
+        )
 
 
 def varied(variant: Variant, conds: Conds) -> Conds:
@@ -120,6 +146,8 @@ def varied(variant: Variant, conds: Conds) -> Conds:
     if not out:
         raise GuidanceError(f"The guider has no {variant.name}: use CFGGuider or KSampler with a positive and a "
                             "negative (an empty prompt will do).")
+    if variant.of == "uncond":
+        out = told_negative(out)
     if not variant.image:
         if not any(IMAGES & set(entry) for entry in out):
             raise GuidanceError(
@@ -164,13 +192,15 @@ def is_partial(conds: Conds) -> bool:
 
 def lies_in(cond: dict, percent: float) -> bool:
     """Whether an unprocessed entry's range holds a share of the model's timesteps."""
-    start, end = cond.get("start_percent", 0.0), cond.get("end_percent", 1.0)
+    start = max(cond.get("start_percent", 0.0), cond.get("clip_start_percent", 0.0))
+    end = min(cond.get("end_percent", 1.0), cond.get("clip_end_percent", 1.0))
     return start <= percent < end or percent >= end >= 1.0
 
 
 def together(conds: Conds, percent: float) -> int:
     """How many unprocessed entries the host may put into one forward pass there: they act on areas of one size."""
-    areas = [entry.get("area") or () for entry in conds if lies_in(entry, percent)]
+    areas = [(entry.get("area") or ()) if entry.get("area") or is_whole(entry) else (id(entry),)  # a mask's own bounds
+             for entry in conds if lies_in(entry, percent)]
     sizes = [tuple(area[: (len(area) + 1) // 2]) for area in areas]  # then come the offsets
     return max(map(sizes.count, sizes), default=0)
 

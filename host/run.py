@@ -106,8 +106,10 @@ def parametrisation_of(model_sampling: Any) -> Parametrisation:
 
 
 def step_index(sigmas: Tensor, sigma: float) -> int:
-    """The step that a noise level belongs to: ``sigmas[i] >= sigma > sigmas[i + 1]``, with room for rounding."""
-    reached = int((sigmas[:-1] >= sigma * (1 - 1e-5)).sum())
+    """The step that a noise level belongs to: ``sigmas[i] >= sigma > sigmas[i + 1]``, with room for rounding; in a run
+    towards noise (FlipSigmas) the other way round."""
+    begun = sigmas >= sigma * (1 - 1e-5) if sigmas[0] >= sigmas[-1] else sigmas <= sigma * (1 + 1e-5)
+    reached = int(begun[:-1].sum())
     return max(reached - 1, 0)
 
 
@@ -259,7 +261,9 @@ class Run:
 
     def reserve_memory(self, executor: Callable, model: Any, noise_shape: Any, *args, **kwargs):
         """PREPARE_SAMPLING wrapper: the host plans memory for two branches; plan for ours too, so that they fit."""
-        batch = math.ceil(noise_shape[0] * (2 + len(self.keys)) / 2)
+        beside = {branch for method in self.plan if not overrides(method, "sources") for branch in method.prompts()
+                  if getattr(branch, "model", None) is None}  # the others take the positive's place or run elsewhere
+        batch = math.ceil(noise_shape[0] * (2 + len(beside)) / 2)
         return executor(model, [batch, *noise_shape[1:]], *args, **kwargs)
 
     def isolate(self, executor: Callable, guider: samplers.CFGGuider, *args, **kwargs):
@@ -339,6 +343,7 @@ class Run:
         sources: dict[str, Branch] = {}
         for method in plan:
             sources.update(method.sources(step))
+        step.player = sources.get("cond")
         extra = list(dict.fromkeys(b for method in plan for b in method.branches(step) if b != sources.get("cond")))
         own = (guider.conds["positive"], guider.conds.get("negative"))
         roles = [guider.conds[self.keys[sources[r]]] if r in sources else entries for r, entries in zip(ROLES, own)]
@@ -418,11 +423,11 @@ class Run:
         return self.seconds[id(branch.model)].predict(entries, step.x, step.sigma)
 
     def look_elsewhere(
-        self, guider: samplers.CFGGuider, options: dict, entries: dict[str, tuple], extra: Sequence[Branch], x: Tensor,
+        self, guider: samplers.CFGGuider, options: dict, wired: dict[str, tuple], extra: Sequence[Branch], x: Tensor,
         sigma: float, *roles: str,
     ) -> list[Tensor]:
         """``Step.evaluate``. Other packs' pre-CFG functions are about the step itself, so they are not called."""
-        asked, fill = zip(*(map(conds.apart, entries[role]) if role in roles else (None, None) for role in ROLES))
+        asked, fill = zip(*(map(conds.apart, wired[role]) if role in roles else (None, None) for role in ROLES))
         if missing := [role for role, entry in zip(ROLES, asked) if role in roles and entry is None]:
             raise GuidanceError(f"{self.titles()}: the guider has no conditioning for '{missing[0]}'. Use KSampler or "
                                 "CFGGuider with a positive and a negative (an empty prompt will do).")
@@ -431,8 +436,10 @@ class Run:
             if not {*roles}.isdisjoint(on) for branch in extra if branch in on
         }
         sigmas = torch.full((len(x),), sigma, dtype=x.dtype, device=x.device)
-        with conds.frozen_schedules([*asked, *fill], sigmas[0]):
+        who, entries = self.attention.who, self.attention.entries
+        with conds.frozen_schedules([*asked, *fill, *company.values()], sigmas[0]):
             out, _ = self.call_model(guider, options, x, sigmas, asked, fill, company)
+        self.attention.who, self.attention.entries = who, entries  # other packs ask the model again in this step
         return [out[ROLES.index(role)] for role in roles]
 
     def combine(

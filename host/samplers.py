@@ -242,6 +242,12 @@ def beside(other: samplers.CFGGuider, model: Any, extra_args: dict, sigmas: Tens
 
 def check_pair(guider: samplers.CFGGuider, other: samplers.CFGGuider, title: str) -> None:
     """Refuse a second guider whose predictions do not live in the same latent space."""
+    if any(getattr(one, "is_multigpu_base_clone", False) for g in (guider, other)
+           for one in g.model_patcher.get_additional_models()):
+        raise GuidanceError(
+            f"{title}: a MODEL here is spread over several GPUs, and with a weak_guider both sides would share them. "
+            "Remove the multi-GPU node, or the weak_guider and set weak_cfg instead."
+        )
     if other is guider:
         raise GuidanceError(
             f"{title}: weak_guider is the sampler's own guider, so there is nothing to reflect. Wire a second "

@@ -297,8 +297,8 @@ class RudderPerpNeg(io.ComfyNode):
         wired = [(c, w, i) for i, (c, w) in enumerate(
             ((negative_1, weight_1), (negative_2, weight_2), (negative_3, weight_3)), 1) if c is not None]
         return patched(model, PerpNeg(
-            negatives=tuple(Prompt(c, f"negative_{i}") for c, _, i in wired), weights=tuple(w for _, w, _ in wired),
-            start=start_percent, end=end_percent,
+            negatives=tuple(Prompt(c, f"negative_{i}", negative=True) for c, _, i in wired),
+            weights=tuple(w for _, w, _ in wired), start=start_percent, end=end_percent,
         ))  # fmt: skip
 
 
@@ -329,7 +329,7 @@ class RudderNegative(io.ComfyNode):
     @classmethod
     def execute(cls, model, negative, weight, start_percent, end_percent) -> io.NodeOutput:
         window = {"start": start_percent, "end": end_percent}
-        return patched(model, ExtraNegative(negative=Prompt(negative, "negative"), weight=weight, **window))
+        return patched(model, ExtraNegative(negative=Prompt(negative, "negative", True), weight=weight, **window))
 
 
 class RudderBetaCFG(io.ComfyNode):
@@ -340,8 +340,8 @@ class RudderBetaCFG(io.ComfyNode):
             display_name="Normalised Guidance (beta-CFG)",
             category=CATEGORY,
             description="Guides in the middle of the run, with a push of one length at every step, so that one weight "
-            "suits every prompt. The first and the last step are unguided. beta-CFG (arXiv 2502.10574). 2 model "
-            "evaluations a step, as CFG. Needs cfg above 1.",
+            "suits every prompt. With alpha and beta above 1 the first and the last step follow the negative alone. "
+            "beta-CFG (arXiv 2502.10574). 2 model evaluations a step, as CFG. Needs cfg above 1.",
             search_aliases=["beta cfg", "normalized guidance", "beta schedule"],
             inputs=[
                 model_input(),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import comfy.sample
+import comfy.sampler_helpers
 import comfy.samplers
 import comfy_extras.nodes_custom_sampler as custom
 import pytest
@@ -125,6 +126,29 @@ def test_low_memory_splits_the_batch_and_nothing_else(model, kind, monkeypatch):
     apart = sample(counted, kind, POSITIVE, NEGATIVE, batch=2)
     assert seen["batching"] == [3] * STEPS and seen["network"] == [2] * 3 * STEPS
     torch.testing.assert_close(apart, together, rtol=1e-5, atol=5e-4)
+
+
+@pytest.mark.parametrize("methods", [
+    (R2F(frequent=ANCHORED, mode="blend"),), (R2F(frequent=ANCHORED),), (AAPB(anchor=ANCHORED),),
+    (R2F(frequent=ANCHORED, mode="blend"), PerturbedAttention(blocks="middle, double")),
+])
+def test_memory_is_planned_for_what_runs_together(model, kind, methods, monkeypatch):
+    planned, own = [], comfy.sampler_helpers.estimate_memory
+    monkeypatch.setattr(comfy.sampler_helpers, "estimate_memory",
+                        lambda model, shape, conds: planned.append(shape[0]) or own(model, shape, conds))
+    counted, seen = calls(wired(model, *methods))
+    sample(counted, kind, POSITIVE, NEGATIVE, batch=4)
+    assert planned == [max(seen["network"]) / 2]  # the host doubles it, for two conds
+
+
+def test_a_run_towards_noise_counts_its_steps_forwards(model, kind):
+    recorder = Recorder()
+    guider = comfy.samplers.CFGGuider(wired(model, Trace(recorder=recorder)))
+    guider.set_conds(POSITIVE, NEGATIVE)
+    sigmas = torch.tensor([0.001, 0.2, 0.5, 0.7, 0.9])
+    guider.sample(torch.zeros_like(latent(kind)), latent(kind), comfy.samplers.sampler_object("euler"), sigmas,
+                  disable_pbar=True, seed=1)
+    assert [step["index"] for step in recorder.runs[""]["steps"]] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(

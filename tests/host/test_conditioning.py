@@ -28,9 +28,13 @@ from rudder.guidance.instruct import InstructGuidance
 from rudder.guidance.negative import ExtraNegative
 from rudder.guidance.perpneg import PerpNeg
 from rudder.guidance.r2f import R2F
-from rudder.host import add_guidance
+from rudder.host import add_guidance, plan_of
+from rudder.nodes.guidance import RudderAAPB
+from rudder.nodes.guidance_more import RudderNegative, RudderPerpNeg
+from rudder.nodes.nag import RudderNAG
 
 from .models import calls, conditioning, evaluate, having, lora, sample, tiny_flux
+from .test_nodes import call
 
 WEIGHT = 4.0
 POSITIVE, NEGATIVE, ANCHOR = conditioning(1), conditioning(2), conditioning(3)
@@ -177,6 +181,38 @@ def test_a_controlnet_that_applies_to_uncond_applies_to_the_anchor(model, kind):
     ours = actual(counted, kind, positive, NEGATIVE, ANCHOR)
     torch.testing.assert_close(ours, expected(model, kind, lambda: [positive, NEGATIVE, ANCHOR]), rtol=1e-4, atol=1e-4)
     assert seen["network"] == [3]
+
+
+def test_a_controlnet_that_applies_to_an_anchor_of_areas_alone_is_explained(model, kind):
+    """The host would divide by zero."""
+    positive = having(POSITIVE, control=Control(kind, 1), control_apply_to_uncond=True)
+    anchor = having(ANCHOR, area=(8, 4, 0, 0))
+    with pytest.raises(GuidanceError, match=r"Every entry of the anchor conditioning has an area.*Apply ControlNet"):
+        actual(model, kind, positive, NEGATIVE, anchor)
+    assert actual(model, kind, positive, NEGATIVE, [*anchor, *ANCHOR]).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["NAG", "Perp-Neg", "extra negative", "AAPB"])
+def test_negatives_are_told_to_the_model_as_such(model, kind, name, monkeypatch):
+    """The SDXL refiner gives a negative another aesthetic score."""
+    told, own = {}, model.model.extra_conds
+
+    def spy(**given):
+        told.setdefault(given["prompt_type"], []).append(given["cross_attn"])
+        return own(**given)
+
+    monkeypatch.setattr(model.model, "extra_conds", spy)
+    sample(add_guidance(model, by_node(name, model)), kind, POSITIVE, NEGATIVE, steps=1)
+    asked = [key for key, features in told.items() for one in features if torch.equal(one, ANCHOR[0][0])]
+    assert (asked == ["negative"]) == (name != "AAPB") and len(asked) == 1
+
+
+def by_node(name: str, model):
+    """The method as its node wires it, with ANCHOR as its prompt."""
+    node, prompt = {"NAG": (RudderNAG, "negative"), "Perp-Neg": (RudderPerpNeg, "negative_1"),
+                    "extra negative": (RudderNegative, "negative"), "AAPB": (RudderAAPB, "anchor")}[name]
+    [method] = plan_of(call(node, model=model, **{prompt: ANCHOR})[0].model_options)
+    return method
 
 
 def test_the_controlnet_of_an_anchor_is_cleaned_up(model, kind):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import comfy.hooks
+import comfy_extras.nodes_pag as nodes_pag
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ from rudder.guidance.perpneg import PerpNeg
 from rudder.guidance.prompt_to_prompt import PromptToPrompt
 from rudder.guidance.sag import SelfAttentionGuidance
 from rudder.host import add_guidance, plan_of
+from rudder.host.attention import NAMES, Attention
 from rudder.nodes.nag import RudderNAG
 
 from .models import MODELS, calls, conditioning, having, lora, sample, tiny_unet
@@ -136,9 +138,70 @@ def test_a_combined_positive_is_refused_where_the_negative_can_ride_with_one_onl
     assert sample(add_guidance(network, method()), family, turns, NEGATIVE).isfinite().all()
 
 
+def regions(name: str) -> list:
+    top = torch.zeros(1, 8, 8)
+    top[:, :4] = 1
+    return {
+        "one area": having(POSITIVE, area=(8, 4, 0, 0)),
+        "a part of it": having(POSITIVE, area=("percentage", 0.5, 1.0, 0.0, 0.0)),
+        "bounds of a mask": [*POSITIVE, *having(conditioning(8), mask=top, mask_strength=1.0, set_area_to_bounds=True)],
+        "a picture and an area": [*POSITIVE, *having(conditioning(8), area=(8, 4, 0, 0))],
+    }[name]
+
+
+@pytest.mark.parametrize("region", ["one area", "a part of it", "bounds of a mask", "a picture and an area"])
+@pytest.mark.parametrize("cfg", [1.0, 4.0])
+def test_a_positive_of_regions_takes_one_plain_negative(network, family, region, cfg):
+    """The host gives the negative the positive's areas; it stays one prompt."""
+    plain = sample(network, family, regions(region), NEGATIVE, cfg=cfg)
+    out = sample(add_guidance(network, method()), family, regions(region), NEGATIVE, cfg=cfg)
+    assert out.isfinite().all() and not torch.equal(out, plain)
+
+
+@pytest.mark.parametrize("more", [(), (PAG,)], ids=["NAG", "NAG + PAG"])
+def test_a_split_batch_with_reference_latents_is_the_same(more):
+    """Flux Kontext: what a cond shows the model is a list."""
+    shown = {"reference_latents": [torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))]}
+    model, prompts = MODELS["flux"](), [having(each, **shown) for each in (POSITIVE, NEGATIVE, AWAY)]
+
+    def out(split: bool) -> torch.Tensor:
+        patched = model
+        for each in (method(prompts[2]), *more):
+            patched = add_guidance(patched, each)
+        return sample(one_forward_a_cond(patched) if split else patched, "flux", *prompts[:2], batch=2)
+
+    torch.testing.assert_close(out(True), out(False), rtol=1e-4, atol=1e-3)
+
+
+def test_prompts_of_a_scheduled_clip_take_turns(network, family):
+    """What a CLIP with keyframed hooks writes is a range like any other."""
+    later = conditioning(8)
+    turns = having(POSITIVE, end_percent=0.5) + having(later, start_percent=0.5)
+    clip = having(POSITIVE, clip_start_percent=0.0, clip_end_percent=0.5) + having(
+        later, clip_start_percent=0.5, clip_end_percent=1.0)
+    patched = add_guidance(network, method())
+    assert torch.equal(sample(patched, family, clip, NEGATIVE), sample(patched, family, turns, NEGATIVE))
+
+
+def test_another_packs_pass_after_a_look_elsewhere_is_edited_too(monkeypatch):
+    """ComfyUI's own PAG asks the model again after all predictions, and pushes away from what it gets."""
+    seen, apply = [], Attention.apply_model
+
+    def spy(self, executor, x, t, *args, **kwargs):
+        options = (dict(zip(NAMES, args)) | kwargs)["transformer_options"]
+        if options.get("patches_replace", {}).get("attn1"):
+            seen.append([self.who.get(uuid) for uuid in options["uuids"]])
+        return apply(self, executor, x, t, *args, **kwargs)
+
+    monkeypatch.setattr(Attention, "apply_model", spy)
+    [model] = nodes_pag.PerturbedAttentionGuidance.execute(tiny_unet(), 3.0).args
+    run(model, "unet", method(), SelfAttentionGuidance(sigma=1.0), steps=1)
+    assert seen == [[("cond",)]]
+
+
 def test_only_plain_prompts():
     two = [*AWAY, *conditioning(9)]
-    with pytest.raises(GuidanceError, match="negative conditioning has 2 entries"):
+    with pytest.raises(GuidanceError, match="negative conditioning has 2 texts"):
         run(tiny_unet(), "unet", method(two))
     wide = [[torch.cat([AWAY[0][0]] * 2, -1), AWAY[0][1]]]
     with pytest.raises(GuidanceError, match="different text encoders"):

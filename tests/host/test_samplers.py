@@ -477,6 +477,11 @@ def test_pairs_that_cannot_reflect_are_refused(model, kind):
     guider.conds = {"positive": [{"model_conds": {"latent_shapes": shapes}}]}  # as the host says it of LTX with sound
     with pytest.raises(GuidanceError, match="holds 2 parts"):
         check_pair(guider, guider_of(model), "W2SD")
+    spread, clone = model.clone(), model.clone()
+    clone.is_multigpu_base_clone = True  # as the host's multi-GPU node marks the copies of other devices
+    spread.set_additional_models("multigpu", [clone])
+    with pytest.raises(GuidanceError, match="spread over several GPUs"):
+        check_pair(guider_of(spread), guider_of(model), "W2SD")
     guider = guider_of(model, 4.0)
     with pytest.raises(GuidanceError, match="the sampler's own guider"):
         advanced(guider, w2sd(W2SD(), guider), kind, model)
