@@ -4,8 +4,8 @@
 
 PAG, perturbed attention guidance. Ahn et al., ECCV 2024, arXiv 2403.17377: the attention map becomes the identity,
 every image token keeps its own value v. SEG, smoothed energy guidance. Hong, NeurIPS 2024, arXiv 2408.00760: the
-queries are blurred over the token grid with a Gaussian, which blurs the attention logits; beyond sigma 9999 they become
-their mean.
+queries are blurred over the token grid with a Gaussian, which blurs the attention logits; as in the official code it
+reaches 3 sigma and at most half of the grid, and beyond sigma 9999 the queries become their mean.
 
 On transformers (derived; neither paper has them): only the rows of image tokens change, text rows stay; and the blur is
 of the queries before their rotary embedding.
@@ -13,6 +13,7 @@ of the queries before their rotary embedding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -44,11 +45,11 @@ class Identity(AttentionEdit):
 
 def gaussian(planes: Tensor, sigma: float, span: float = 3.0) -> Tensor:
     """``planes`` ``[..., H, W]``, blurred over H and W with a Gaussian of ``sigma`` cells that is cut off at ``span``
-    sigma, and where a side is too short to reflect. A constant stays what it is."""
+    sigma, and at half of a side. A constant stays what it is."""
     shape = planes.shape
     planes = planes.float().reshape(-1, 1, *shape[-2:])
     for dim in (2, 3):
-        reach = min(max(int(span * sigma + 0.5), 1), planes.shape[dim] - 1)
+        reach = min(math.ceil(2 * span * sigma) // 2, planes.shape[dim] // 2)
         weights = torch.arange(-reach, reach + 1, device=planes.device, dtype=planes.dtype)
         weights = torch.exp(-0.5 * (weights / sigma) ** 2)
         kernel = (weights / weights.sum()).view((1, 1, -1, 1) if dim == 2 else (1, 1, 1, -1))
@@ -58,9 +59,10 @@ def gaussian(planes: Tensor, sigma: float, span: float = 3.0) -> Tensor:
 
 
 def blur(tokens: Tensor, grid: tuple[int, int, int], sigma: float) -> Tensor:
-    """``tokens`` ``[R, heads, t * h * w, D]``, blurred over h and w of each frame; beyond :data:`MEAN` their mean."""
+    """``tokens`` ``[R, heads, t * h * w, D]``, blurred over h and w of each frame; beyond :data:`MEAN` its mean."""
     if sigma > MEAN:
-        return tokens.mean(2, keepdim=True).expand_as(tokens)
+        frames = tokens.unflatten(2, grid)
+        return frames.mean((3, 4), keepdim=True).expand_as(frames).flatten(2, 4)
     return gaussian(tokens.movedim(2, 3).unflatten(3, grid), sigma).flatten(3).movedim(3, 2).to(tokens.dtype)
 
 

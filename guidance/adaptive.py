@@ -4,8 +4,8 @@
 
 Late in a run the two predictions agree and the second evaluation says little. The cosine is taken on x - x0 (sigma eps,
 or sigma v for flow), per sample; on x0 itself it would be near 1 far too early. Every sample switches by itself: from
-the step after its cosine reached gamma its picture gets what it would at weight 1: the conditional prediction, and the
-terms that do not need guidance. Once all have switched, the weight is 1 and the negative is no longer evaluated.
+the model call after its cosine reached gamma its picture gets what it would at weight 1: the conditional prediction,
+and the terms that do not need guidance. Once all have switched, the weight is 1 and no negative is evaluated any more.
 
 gamma 0.991 is the paper's for 20 steps at cfg 7.5 and saves about a quarter of the evaluations (recalled, not
 re-checked). It belongs to those models: on others the cosine may start above it or never reach it. A run that gamma did
@@ -62,7 +62,7 @@ class AdaptiveGuidance(Guidance):
             if step.plain.uncond is not None:  # evaluated, not predicted from earlier steps
                 self.measure(step, state)
         if step.sigma_next < step.percent_to_sigma(self.end) or step.index == step.steps - 1:
-            self.advise(state.pop("cosines", []))
+            self.advise(state)
         return preds
 
     def measure(self, step: Step, state: dict) -> None:
@@ -71,15 +71,17 @@ class AdaptiveGuidance(Guidance):
         state["all switched"] = bool(state["switched"].all())
         state.setdefault("cosines", []).append(float(cosines.mean()))
 
-    def advise(self, cosines: list[float]) -> None:
-        """Tell the user when gamma had no say: it was never reached, or reached as soon as this method looked."""
-        if len(cosines) > 1 and max(cosines) < self.gamma:
+    def advise(self, state: dict) -> None:
+        """Tell the user, once, when gamma had no say: no picture reached it, or all as soon as this method looked."""
+        cosines = [] if state.get("advised") else state.get("cosines", [])
+        state["advised"] = True  # solvers of several calls a step come to the last level more than once
+        if len(cosines) > 1 and not state["switched"].any():
             logging.getLogger("rudder").warning(
                 "Rudder: %s: the cosine went from %.4f to %.4f and did not reach the threshold %g, so every step was "
                 "guided. On this model %.4f would stop guiding about half-way.",
                 self.title, cosines[0], cosines[-1], self.gamma, max(cosines[: len(cosines) // 2 + 1]) - 5e-5,
             )
-        elif len(cosines) == 1 and cosines[0] >= self.gamma:
+        elif len(cosines) == 1 and state["all switched"]:
             logging.getLogger("rudder").warning(
                 "Rudder: %s: the cosine was %.4f at the first step that it looked at, above the threshold %g, so "
                 "start_percent alone decided. Set the threshold above 1 once to be told the cosines of this model.",

@@ -55,10 +55,13 @@ class CFGZero(Guidance):
         require_guidance(
             self.title, setup, "this method has no meaning there, 'Sharper Content (TAG)' can correct steps instead."
         )
-        if self.zero_steps and setup.parametrisation is not Parametrisation.FLOW:
+        skipped = [step for step in setup.steps if self.zeroed(step)]
+        why = "it is for flow models (SD3, Flux, Wan)" if setup.parametrisation is not Parametrisation.FLOW else (
+            f"its steps lie before start_percent {self.start:g}" if skipped else "")
+        if self.zero_steps and why and not any(step.within(self.start, self.end) for step in skipped):
             logging.getLogger("rudder").warning(
-                "Rudder: %s: zero-init is for flow models (SD3, Flux, Wan) and rests on this one; the scale of the "
-                "negative acts. Set zero_init_steps to 0 to say so.", self.title,
+                "Rudder: %s: zero-init rests here: %s. The scale of the negative acts. Set zero_init_steps to 0 to say "
+                "so.", self.title, why,
             )
 
     def zeroed(self, step: Step) -> bool:

@@ -57,8 +57,9 @@ class DynamicCFG(Guidance):
         if step.weight == 1.0:  # another method turned guidance off
             return delta
         best = torch.full((len(delta),), -math.inf, device=delta.device)
-        chosen = torch.full_like(best, step.weight)
-        for weight in sorted(self.weights, key=lambda w: (abs(w - step.weight), w)):  # ties: nearest to the sampler's
+        weights = sorted(self.weights, key=lambda w: (abs(w - step.weight), w))  # ties: nearest to the sampler's
+        chosen = torch.full_like(best, weights[0])
+        for weight in weights:
             score = self.scored(step.preds.cond + (weight - 1) * delta, step)
             better = score > best
             best, chosen = torch.where(better, score, best), torch.where(better, weight, chosen)

@@ -18,6 +18,7 @@ schedule of beta-CFG (arXiv 2502.10574) without its unconditional ends.
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 
@@ -93,6 +94,11 @@ class Schedule(Guidance):
         require_guidance(
             TITLE, setup, "there is no weight to schedule, but 'Structure Guidance (PAG)' acts, with start and end."
         )
+        if setup.guided and setup.steps and all(abs(self.scale(step, 2.0) - 2) < 1e-6 for step in setup.steps):
+            logging.getLogger("rudder").warning(
+                "Rudder: %s: the weight is the sampler's at every step of this run%s, so the node changes nothing.",
+                TITLE, " once the average is kept" if self.keep_average else "",
+            )
         if max(setup.weights) > MOST:
             raise GuidanceError(
                 f"{TITLE}: the curve is so narrow that keeping the average takes a weight of {max(setup.weights):.0f}. "

@@ -48,7 +48,7 @@ class TimePredictor:
 
     def fits(self, x: Tensor) -> bool:
         """Whether it can read latents ``[B, C, (T,) H, W]``."""
-        return x.shape[1] == self.channels
+        return x.ndim in (4, 5) and x.shape[1] == self.channels
 
     def to(self, like: Tensor) -> TimePredictor:
         return TimePredictor({name: weight.to(like.device, torch.float32) for name, weight in self.weights.items()})

@@ -27,14 +27,20 @@ def predictions(
     """What KSampler does, with both predictions of every model call.
 
     Returns:
-        Noise levels ``[N]``, and eps = (x - x0) / sigma of positive and negative, each ``[N, B, ...]`` on the CPU.
+        Noise levels ``[N]``, falling, and eps = (x - x0) / sigma of positive and negative, each ``[N, B, ...]`` on the
+        CPU.
+
+    Raises:
+        ValueError: the sampler evaluates the model more than once a step.
     """
     seen: list[tuple[float, Tensor, Tensor]] = []
+    run: list[Tensor] = []
 
     def keep(args: dict) -> Tensor:
         x, sigma = args["input"], float(args["sigma"].max())
         eps = (((x - args[name]) / sigma).float().cpu() for name in ("cond_denoised", "uncond_denoised"))
         seen.append((sigma, *eps))
+        run[:] = [args["model_options"]["transformer_options"]["sample_sigmas"]]
         return args["denoised"]
 
     model = model.clone()
@@ -45,5 +51,8 @@ def predictions(
         model, noise, steps, cfg, sampler, scheduler, positive, negative, image, denoise=denoise,
         noise_mask=latent.get("noise_mask"), seed=seed,
     )
-    levels, conds, unconds = zip(*seen)
+    levels, conds, unconds = map(list, zip(*seen))
+    if len(levels) >= len(run[0]) or levels != sorted(set(levels), reverse=True):
+        raise ValueError(f"The sampler '{sampler}' evaluates the model more than once a step. Choose one of a single "
+                         "evaluation for fitting and for sampling, such as euler or dpmpp_2m.")
     return torch.tensor(levels), torch.stack(conds), torch.stack(unconds)

@@ -15,7 +15,8 @@ ComfyUI's own lacks it].
 
 so lambda depends on the number of steps, and w is below 1 where steps are long. It is also how CFG++ composes: the
 guider, with whatever shapes its guidance, is asked for its prediction D_w at this weight, and D follows from it,
-D = D_u + (D_w - D_u)(s - s') / (a' s). Without a D_u (guidance is off in this step) the step is the plain solver's.
+D = D_u + (D_w - D_u)(s - s') / (a' s). Without a D_u (guidance is off in this step) the step is the plain solver's. A
+picture's first step after guidance went on or off has no 2M term: it would be the push itself [derived].
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from ..guidance.contract import GuidanceError
-from ..guidance.space import Parametrisation, signal
+from ..guidance.space import Parametrisation, expand, signal
 from .solver import Report, check_falling
 
 Guided = Callable[[Tensor, float, float], tuple[Tensor, "Tensor | None"]]
@@ -86,7 +88,7 @@ class CFGPP:
                noise: Callable[[], Tensor], report: Report = lambda i, x, x0: None) -> Tensor:  # fmt: skip
         """x at the last of ``sigmas``. ``noise`` draws a unit normal of x's shape; only the ancestral solver does."""
         check_falling(self.title, sigmas)
-        earlier: tuple[float, Tensor] | None = None
+        earlier: tuple[float, Tensor, Tensor] | None = None
         for i, (sigma, to) in enumerate(zip(sigmas, sigmas[1:])):
             guided, uncond = predict(x, sigma, weight(self.strength, sigma, to, kind))
             uncond = guided if uncond is None else uncond
@@ -99,7 +101,9 @@ class CFGPP:
             new = signal(to, kind) * x0 + math.sqrt(1 - u * u) * renoised
             if u:
                 new = new + to * u * noise()
+            guides = (guided != uncond).flatten(1).any(1)
             if self.solver == "dpm++ 2m" and earlier:
-                new = new + correction(x0, uncond, earlier[1], (earlier[0], sigma, to), kind)
-            x, earlier = new, (sigma, uncond)
+                more = correction(x0, uncond, earlier[1], (earlier[0], sigma, to), kind)
+                new = torch.where(expand(guides == earlier[2], x) > 0, new + more, new)
+            x, earlier = new, (sigma, uncond, guides)
         return x

@@ -70,8 +70,9 @@ class RudderSEG(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "sigma", default=100.0, min=0.0, max=100000.0, step=0.1, round=False,
-                    tooltip="Width of the blur in tokens of the attention's own grid, 0 to 10000. 0 is off, 1 to 10 "
-                    "gentle, above 9999 the mean of all. Paper: this is what you turn; 100 in its example.",
+                    tooltip="Width of the blur in tokens of the attention's own grid, 0 to 100000. 0 is off; it "
+                    "reaches half of the grid at most, so large values are alike; above 9999 it is the mean of all. "
+                    "Paper: this is what you turn; 100 in its example.",
                 ),
                 contrast_blocks(),
                 *window_inputs(),

@@ -163,8 +163,8 @@ class RudderR2F(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "stop_percent", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True,
-                    tooltip="The share of the steps in which the frequent prompt has a say, instead of the level. 0: "
-                    "use the level.",
+                    tooltip="The share of the run's steps in which the frequent prompt has a say, instead of the "
+                    "level; lower it for image to image. 0: use the level.",
                 ),
                 io.Float.Input(
                     "blend_amount", default=0.3, min=0.0, max=1.0, step=0.01, advanced=True,

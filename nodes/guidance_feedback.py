@@ -105,15 +105,16 @@ class RudderFitLinearAG(io.ComfyNode):
                 raise ValueError(f"{file}: {error}. Choose another 'name', or set 'overwrite'.") from error
         if plan_of(model.model_options):
             raise ValueError("'model' carries Rudder methods. Fit on the MODEL before them: with plain guidance.")
-        products, progress = 0.0, comfy.utils.ProgressBar(runs)
+        first, products, progress = None, 0.0, comfy.utils.ProgressBar(runs)
         for run in range(runs):
             comfy.model_management.throw_exception_if_processing_interrupted()
             levels, cond, uncond = predictions(
                 model, positive, negative, latent_image, (seed + run) % SEEDS, steps, cfg, sampler_name, scheduler
             )
-            if bool((levels.diff() >= 0).any()):
-                raise ValueError(f"The sampler '{sampler_name}' evaluates the model more than once a step. Choose one "
-                                 "of a single evaluation for fitting and for sampling, such as euler or dpmpp_2m.")
+            if run and not torch.equal(levels, first):
+                raise ValueError(f"The sampler '{sampler_name}' chooses its own steps, other ones in each run, so "
+                                 "there is nothing to fit. Choose one with fixed steps, such as euler or dpmpp_2m.")
+            first = levels
             products = products + gram(torch.cat((cond, uncond)).flatten(1))
             progress.update_absolute(run + 1, runs)
         if not bool(products.isfinite().all()):
@@ -413,6 +414,9 @@ def clean_latents(
         if getattr(some, "is_nested", False):
             raise ValueError(f"{source}: latents of several parts (video with sound) are not supported. Take them "
                              "apart and give the picture's alone.")
+        if some.ndim not in (4, 5):
+            raise ValueError(f"{source}: latents of shape {'x'.join(map(str, some.shape[1:]))} are no pictures or "
+                             "video, and the predictor reads nothing else.")
         if some.shape[1] != channels:
             raise ValueError(f"{source}: latents of {some.shape[1]} channels, and those of 'model' have {channels}. "
                              "Give this model's own latents, or its VAE.")

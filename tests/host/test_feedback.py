@@ -134,8 +134,11 @@ def test_a_fit_that_cannot_be_right_is_refused(model, kind, models_folder):
             fitted(model, kind, name=name)
     with pytest.raises(ValueError, match="Fit on the MODEL before them"):
         fitted(add_guidance(model, LinearAG()), kind)
-    with pytest.raises(ValueError, match="'heun' evaluates the model more than once"):
-        fitted(model, kind, sampler_name="heun")
+    for sampler in ("heun", "dpm_2", "dpmpp_sde"):
+        with pytest.raises(ValueError, match=f"'{sampler}' evaluates the model more than once"):
+            fitted(model, kind, sampler_name=sampler)
+    with pytest.raises(ValueError, match="'dpm_adaptive' (chooses its own steps|evaluates the model more than once)"):
+        fitted(model, kind, sampler_name="dpm_adaptive", runs=3)
     with pytest.raises(GuidanceError, match="fitted for 6 steps at other noise levels"):
         sample(add_guidance(model, LinearAG(coefficients=fitted(model, kind))), kind, POSITIVE, NEGATIVE, steps=9)
 
@@ -403,6 +406,7 @@ def test_what_cannot_be_trained_on_is_named(model, kind, models_folder):
     broken[3, 0, 1, 1] = torch.nan
     for given, says in (
         (good[:15], "15 latents are too few"), (torch.zeros(0, *good.shape[1:]), "0 latents are too few"),
+        (good[:, :, 0], "'latents': latents of shape .* are no pictures or video"),
         (good[:, :1], f"'latents': latents of 1 channels, and those of 'model' have {CHANNELS[kind]}"),
         (broken, "'latents': some latents are not finite.*--fp32-vae"),
         (NestedTensor((good, good)), "'latents': latents of several parts"),
@@ -486,7 +490,7 @@ def test_a_predictor_of_other_latents_is_refused(model, kind, saved):
         return
     with pytest.raises(ValueError, match="reads latents of 4 channels and the latents of 'model' have 16"):
         call(RudderTemporalTAG, model=model, predictor=given)
-    with pytest.raises(GuidanceError, match="reads latents of 4 channels and this model's have 16"):
+    with pytest.raises(GuidanceError, match="with 4 channels, and this model's are 16x8x8"):
         sample(add_guidance(model, TemporalTAG(predictor=given)), kind, POSITIVE, NEGATIVE)
     spoilt = {**fresh(4, torch.Generator().manual_seed(0)), "out.bias": torch.full((64,), torch.nan)}
     store.save(saved, spoilt, {})

@@ -16,9 +16,10 @@ from rudder.guidance.linear_ag import LinearAG
 from rudder.guidance.linear_fit import Coefficients, errors, fit, gram
 from rudder.guidance.space import cosine, residual
 
-from .tensors import at, predictions, run_step, setup, weights
+from .tensors import at, predictions, prompt, run_step, setup, weights
 
 close = torch.testing.assert_close
+METHOD = AdaptiveGuidance(gamma=0.9)
 
 
 def with_cosine(x: torch.Tensor, cosines: list[float]) -> Predictions:
@@ -279,6 +280,43 @@ def test_advice_comes_at_the_end_of_the_window(caplog):
         for index in range(5):  # the executor asks no more after the window
             run_step(at(x, index, weight=3.0, states=states), with_cosine(x, [0.5]), method)
     assert "did not reach the threshold" in caplog.text
+
+
+def test_a_solver_of_two_calls_a_step_is_advised_once(caplog):
+    """Heun: the last level is the corrector's of the step before and the last step's own."""
+    x, states = torch.randn(1, 4, 2, 2, dtype=torch.float64), {}
+    with caplog.at_level(logging.WARNING, "rudder"):
+        for index in (0, 1, 1, 2, 2):
+            run_step(at(x, index, steps=3, weight=3.0, states=states), with_cosine(x, [0.5 + 0.1 * index]), METHOD)
+    assert len(caplog.records) == 1 and "from 0.5000 to 0.7000 and did not reach" in caplog.text
+
+
+def test_a_picture_that_switched_is_not_said_to_have_been_guided_to_the_end(caplog):
+    x = torch.randn(2, 4, 2, 2, dtype=torch.float64)
+    with caplog.at_level(logging.WARNING, "rudder"):
+        run(AdaptiveGuidance(gamma=0.9), x, [[0.95, 0.5]] * 4)
+    assert not caplog.records
+
+
+def test_linear_ag_never_holds_the_push_of_another_prompt():
+    """Two prompts in turn, as R2F has them: each evaluates in every second step of its own."""
+    x, method, states, frequent = torch.randn(1, 4, 2, 2, dtype=torch.float64), LinearAG(), {}, prompt("frequent")
+    evaluated = []
+    for index in range(8):
+        push = 1.0 if index % 2 else -3.0
+        now = at(x, index, steps=8, weight=3.0, states=states, player=None if index % 2 else frequent)
+        cond, uncond = (in_eps(x, torch.full_like(x, value), index, 8) for value in (2.0 + index, 2.0 + index - push))
+        evaluated.append(not method.predicts_uncond(now))
+        x0 = run_step(now, Predictions(cond, uncond if evaluated[-1] else None), method)
+        close(x0, cfg(cond, uncond, 3.0), rtol=1e-6, atol=1e-6)
+    assert evaluated == [True, True, False, False] * 2
+
+
+def test_coefficients_of_one_prompt_are_refused_for_two():
+    x = torch.randn(1, 4, 3, 5, dtype=torch.float64)
+    found, _ = fitted(x, 4)
+    with pytest.raises(GuidanceError, match=r"belong to one prompt, and 'frequent' plays the positive"):
+        LinearAG(coefficients=found).predicts_uncond(at(x, 0, steps=4, weight=3.0, player=prompt("frequent")))
 
 
 def test_the_ridge_is_relative_to_the_data():

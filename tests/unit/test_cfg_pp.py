@@ -175,6 +175,29 @@ def test_2m_is_the_official_formula(kind, lam):
 
 
 @every_kind
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_guidance_that_goes_off_or_on_pushes_no_step_of_2m_without_it(kind, one_by_one):
+    """Predictions never change here, so an unguided step of any order is the plain one. Of pictures that guidance has
+    left in a batch the negative is their own prediction."""
+    sigmas, cond, uncond = levels(kind), torch.ones(2, 1, 1, 1), torch.zeros(2, 1, 1, 1)
+    on = [[i in (2, 3), i < 2 or (not one_by_one and i < 4)] for i in range(STEPS)]
+
+    def predict(x, sigma, w):
+        guides = torch.tensor(on[sigmas.index(sigma)]).view(2, 1, 1, 1)
+        guided = torch.where(guides, cfg(cond, uncond, w), cond)
+        return guided, torch.where(guides, uncond, guided) if guides.any() else None
+
+    seen = []
+    CFGPP(solver="dpm++ 2m").sample(predict, start(kind, (2, 1, 1, 1)).float(), sigmas, kind, no_noise,
+                                    lambda i, x, x0: seen.append(x))
+    for i, (x, new) in enumerate(zip(seen, seen[1:])):
+        s, to = sigmas[i], sigmas[i + 1]
+        for row in range(2):
+            if not on[i][row]:
+                close(new[row], (to / s) * x[row] + (1 - to / s) * cond[row])
+
+
+@every_kind
 def test_ancestral_without_new_noise_is_euler(kind):
     predict = at_weight(denoiser())
     close(run(kind, predict, solver="euler ancestral", eta=0.0), run(kind, predict))

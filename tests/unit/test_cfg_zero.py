@@ -90,7 +90,15 @@ def test_resting_zero_init_is_announced(caplog):
         CFGZero(zero_steps=0).check(setup())
         assert not caplog.records
         CFGZero().check(setup())
-    assert "zero-init is for flow models" in caplog.text
+    assert "zero-init rests here: it is for flow models" in caplog.text
+    caplog.clear()
+    flow = replace(setup(), parametrisation=FLOW, steps=[step(i, parametrisation=FLOW) for i in range(10)])
+    with caplog.at_level(logging.WARNING, "rudder"):
+        CFGZero().check(flow)
+        CFGZero(start=0.1, zero_steps=2).check(flow)  # the second of the two is inside
+        assert not caplog.records
+        CFGZero(start=0.15, zero_steps=1).check(flow)
+    assert "zero-init rests here: its steps lie before start_percent 0.15" in caplog.text
 
 
 def test_a_short_run_in_which_zero_init_rests_is_no_error():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -87,9 +89,11 @@ def test_seg_keeps_a_constant_query_and_every_text_row(grid, text, sigma):
 
 
 @given(grids, texts)
-def test_seg_beyond_9999_gives_every_image_token_the_same(grid, text):
-    out = worse(Blur(sigma=1e4), a_call(grid, text))[:, :, text:]
-    close(out, out[:, :, :1].expand_as(out))
+def test_seg_beyond_9999_gives_every_token_of_a_frame_the_same(grid, text):
+    frames = worse(Blur(sigma=1e4), a_call(grid, text))[:, :, text:].unflatten(2, (grid[0], -1))
+    close(frames, frames[:, :, :, :1].expand_as(frames))
+    if grid[0] > 1:
+        assert not torch.equal(frames[:, :, 0], frames[:, :, 1])  # frames do not mix here either
 
 
 @given(grids, st.integers(1, 3), st.sampled_from([0.8, 1e4]))
@@ -125,6 +129,21 @@ def test_the_gaussian_is_one():
     close(out, torch.outer(line, line) / line.sum() ** 2)
     close((out.sum(0) * place**2).sum(), torch.tensor(4.0), rtol=0.05, atol=0)
     assert gaussian(point, 2.0, span=2)[0, 20].count_nonzero() == 9  # the kernel of ComfyUI's own SAG
+
+
+@pytest.mark.parametrize("side", [4, 8, 9, 16, 64])
+@pytest.mark.parametrize("sigma", [0.4, 1.5, 2.0, 5.0, 10.0, 100.0])
+def test_the_kernel_is_that_of_the_official_code(side, sigma):
+    """Odd, ceil(6 sigma) wide, and no wider than the first odd number from the grid's height on."""
+    width = math.ceil(6 * sigma)
+    width = min(width + 1 - width % 2, side + 1 - side % 2)
+    place = torch.linspace(-(width - 1) / 2, (width - 1) / 2, width)
+    line = torch.exp(-0.5 * (place / sigma) ** 2)
+    line = line / line.sum()
+    planes = torch.randn(1, 2, side, side, generator=torch.Generator().manual_seed(side))
+    padded = torch.nn.functional.pad(planes, [width // 2] * 4, mode="reflect")
+    kernel = torch.outer(line, line).expand(2, 1, -1, -1)
+    close(gaussian(planes, sigma), torch.nn.functional.conv2d(padded, kernel, groups=2))
 
 
 @given(predictions(4))

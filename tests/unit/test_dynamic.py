@@ -136,3 +136,11 @@ def test_bad_input():
 def test_the_spread_is_about_the_mean():
     x0 = torch.randn(3, 4, 2, 5) + 2.0
     close(spread(x0), x0.flatten(1).std(1, unbiased=False))
+
+
+def test_a_scorer_that_likes_none_leaves_the_weight_nearest_to_the_samplers():
+    x = torch.randn(2, 4, 2, 2)
+    method = DynamicCFG(weights=(1.0, 3.0), scorer=lambda x0, step: torch.full((len(x0),), -math.inf))
+    now = at(x, weight=7.0)
+    run_step(now, Predictions(x + 1, x - 1), method)
+    assert now.record["chosen_weight"].tolist() == [3.0, 3.0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import replace
 
@@ -136,3 +137,17 @@ def test_runs_in_which_it_could_not_act():
 
 def test_a_high_cfg_is_accepted():
     Schedule().check(setup(weights=[1.0, 199.0]))
+
+
+@pytest.mark.parametrize("fields", [
+    {"low": 1.0}, {"shape": "interval"}, {"shape": "beta", "alpha": 1.0, "beta": 1.0}, {"shape": "step"},
+    {"shape": "curve", "points": ((0.0, 0.5), (1.0, 0.5))},
+])
+def test_a_curve_that_changes_nothing_is_announced(caplog, fields):
+    with caplog.at_level(logging.WARNING, "rudder"):
+        Schedule(**fields).check(setup())
+        assert "so the node changes nothing" in caplog.text and len(caplog.records) == 1
+        caplog.clear()
+        Schedule().check(setup())
+        Schedule(shape="interval", last=0.5).check(setup())
+    assert not caplog.records

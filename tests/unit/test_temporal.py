@@ -10,6 +10,8 @@ from hypothesis import given
 
 from rudder.guidance import temporal_fit
 from rudder.guidance.contract import GuidanceError, Predictions
+from rudder.guidance.local_blend import LocalBlend
+from rudder.guidance.rival import RIVAL
 from rudder.guidance.space import Parametrisation, expand, norm
 from rudder.guidance.temporal import TemporalTAG
 from rudder.guidance.temporal_fit import cropped, fresh, noised, train
@@ -182,7 +184,7 @@ def test_bad_input():
     for name in ("strength", "limit"):
         with pytest.raises(GuidanceError, match=f"{name} is -1; it must be 0"):
             TemporalTAG(predictor=random_predictor(), **{name: -1.0})
-    with pytest.raises(GuidanceError, match="reads latents of 4 channels and this model's have 3"):
+    with pytest.raises(GuidanceError, match="with 4 channels, and this model's are 3x4x4"):
         now = at(torch.randn(1, 3, 4, 4))
         TemporalTAG(predictor=random_predictor()).latent(now, now.x)
 
@@ -200,3 +202,38 @@ def test_the_error_is_of_latents_it_has_not_seen(monkeypatch):
     monkeypatch.setattr(temporal_fit, "cropped", lambda x, *a: seen.append(x[:, 0, 0, 0].tolist()) or cut(x, *a))
     temporal_fit.train(torch.arange(16.0).reshape(16, 1, 1, 1).expand(-1, 4, 4, 4), 3)
     assert max(map(max, seen[:-1])) < 14 and seen[-1] == [14, 15]
+
+
+def test_beside_what_moves_the_estimate_euler_still_lands_where_the_paper_steps():
+    """Of a batch with an edit: RIVAL reads the estimate, Local Blend has the last word on it."""
+    x = torch.randn(2, 4, 6, 6)
+    method = TemporalTAG(predictor=random_predictor(), strength=5.0, limit=0.02)
+    now = at(x, 1)
+    now.x = method.latent(now, now.x)
+    x0 = now.x.tanh()
+    given = run_step(now, Predictions(x0, None), RIVAL(), method)
+    bare = at(x, 1)
+    bare.x = now.x
+    target = run_step(bare, Predictions(x0, None), RIVAL())
+    assert not torch.equal(target, x0)
+    r = now.sigma_next / now.level
+    close(given + r * (x - given), target + r * (now.x - target), rtol=1e-4, atol=1e-4)
+    assert method.rank < LocalBlend.rank
+
+
+def test_sound_is_refused():
+    x = torch.randn(1, 4, 6)
+    with pytest.raises(GuidanceError, match="of pictures or video with 4 channels, and this model's are 4x6"):
+        TemporalTAG(predictor=random_predictor()).latent(at(x), x)
+
+
+def test_a_run_towards_noise_lands_where_the_paper_steps():
+    x, model = torch.randn(2, 4, 6, 6), lambda y: 0.7 * y.tanh()
+    method = TemporalTAG(predictor=random_predictor(), strength=5.0, limit=0.02)
+    now = at(x, 4)
+    now.sigmas, now.index = now.sigmas.flip(0), 6
+    now.x = method.latent(now, now.x)
+    r = now.sigma_next / now.level
+    assert r > 1
+    given = run_step(now, Predictions(model(now.x), None), method)
+    close(given + r * (x - given), model(now.x) + r * (now.x - model(now.x)), rtol=1e-4, atol=1e-4)
