@@ -54,7 +54,8 @@ def load(file: Path) -> dict[str, Tensor]:
         ValueError: it is no safetensors file; names it.
     """
     try:
-        return read(file.read_bytes())  # a mapped file could not be replaced on Windows while its tensors are in use
+        # A mapped file could not be replaced on Windows while its tensors are in use. Bytes come in any order.
+        return dict(sorted(read(file.read_bytes()).items()))
     except Exception as error:
         message = f"{file} cannot be read as safetensors ({error}). Delete it, or choose another name."
         raise ValueError(message) from error
