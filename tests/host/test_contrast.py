@@ -96,8 +96,10 @@ def overriding(options: dict, at: int, act) -> dict:
 
 
 def gaussian_matrix(size: int, sigma: float, span: float) -> torch.Tensor:
-    """``[size, size]``: the blur of one side, with reflection, weight by weight."""
-    reach = min(max(int(span * sigma + 0.5), 1), size - 1)
+    """``[size, size]``: the blur of one side, with reflection, weight by weight. As the official code of SEG has it: an
+    odd kernel, ceil(2 span sigma) wide, and no wider than the first odd number from the side on."""
+    width = math.ceil(2 * span * sigma)
+    reach = min(width + 1 - width % 2, size + 1 - size % 2) // 2
     weights = [math.exp(-0.5 * (i / sigma) ** 2) for i in range(-reach, reach + 1)]
     out = torch.zeros(size, size)
     for row in range(size):
