@@ -136,13 +136,16 @@ def fitted(name: str, model) -> Guidance:
 def evaluations(names: Iterable[str], kind: str, sigmas: Sequence[float]) -> list[int]:
     """What every step of a run with these methods must cost, by rules of their own, not by the executor's."""
     entries = [METHODS[name] for name in names]
-    left, last, costs = False, -2, []
-    linear = any(isinstance(entry.method, LinearAG) for entry in entries)
+    left, costs = False, []
+    calls, last = {False: 0, True: 0}, {False: -2, True: -2}  # of each prompt that plays the positive
+    linear, turns = (any(isinstance(entry.method, one) for entry in entries) for one in (LinearAG, R2F))
     for index, sigma in enumerate(sigmas):
+        frequent = turns and index % 2 == 0 and index < len(sigmas) / 2
         guided = not left and all(entry.gate(index, sigma, kind) for entry in entries)
-        evaluated = guided and not (linear and index - last < 2)
+        evaluated = guided and not (linear and calls[frequent] - last[frequent] < 2)
         evaluated |= any(entry.method.needs_uncond for entry in entries)
-        last = index if evaluated else last
+        last[frequent] = calls[frequent] if evaluated else last[frequent]
+        calls[frequent] += 1
         costs.append(1 + evaluated + (kind != "unet") * any(isinstance(entry.method, NAG) for entry in entries))
         costs[-1] += sum(entry.extra[0 if guided else 1] for entry in entries)
         costs[-1] += guided * sum(min(entry.ahead, len(sigmas) - 1 - index) for entry in entries)
