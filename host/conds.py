@@ -29,8 +29,8 @@ def converted(prompt: Prompt) -> Conds:
     told to be one: the SDXL refiner scores it otherwise."""
     if not prompt.conditioning:
         raise GuidanceError(f"The {prompt.name} conditioning is an empty list; connect a text encode node's output.")
-    return told_negative(helpers.convert_cond(prompt.conditioning)) if prompt.negative else (
-        helpers.convert_cond(prompt.conditioning))
+    conds = helpers.convert_cond(prompt.conditioning)
+    return told_negative(conds) if prompt.negative else conds
 
 
 def told_negative(conds: Conds) -> Conds:
@@ -89,7 +89,8 @@ def mixed(mix: Mix, positive: Conds) -> Conds:
     out = []
     for entry in positive:
         entry = {**entry, "uuid": uuid.uuid4(), "model_conds": {}}
-        more = {key: "text features" for key in entry if key.startswith("conditioning_")}  # HiDream's, Hunyuan's
+        more = {key: "text features" for key, value in entry.items()  # HiDream's and Hunyuan's; tokens are no features
+                if key.startswith("conditioning_") and isinstance(value, torch.Tensor) and value.is_floating_point()}
         for key, what in (TENSORS | more).items():
             a, b = entry.get(key), other.get(key)
             if a is None or b is None:

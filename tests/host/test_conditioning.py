@@ -22,13 +22,14 @@ from rudder.guidance.aapb import AAPB, optimal_gamma
 from rudder.guidance.blend import blend
 from rudder.guidance.cfg import cfg
 from rudder.guidance.cfg_zero import CFGZero
-from rudder.guidance.contract import GuidanceError, Prompt
+from rudder.guidance.contract import GuidanceError, Mix, Prompt
 from rudder.guidance.contrast import PerturbedAttention
 from rudder.guidance.instruct import InstructGuidance
 from rudder.guidance.negative import ExtraNegative
 from rudder.guidance.perpneg import PerpNeg
 from rudder.guidance.r2f import R2F
 from rudder.host import add_guidance, plan_of
+from rudder.host.conds import converted, mixed
 from rudder.nodes.guidance import RudderAAPB
 from rudder.nodes.guidance_more import RudderNegative, RudderPerpNeg
 from rudder.nodes.nag import RudderNAG
@@ -331,6 +332,18 @@ def test_the_first_step_of_a_flow_is_inside_every_window(shift):
     run = add_guidance(model, CFGZero(zero_steps=1))
     sample(run, "flux", POSITIVE, NEGATIVE, steps=4, cfg=WEIGHT)
     assert sum(counted["network"]) == 2 * 4 - 1, "the step that zero-init leaves out is evaluated once"
+
+
+def test_features_of_further_encoders_are_mixed_too():
+    """HiDream and Hunyuan hand theirs on under names of their own; tokens and what is no tensor stay the positive's."""
+    def prompt(value: float) -> list:
+        more = {"conditioning_llama3": torch.full((1, 2, 3), value), "conditioning_lyrics": torch.tensor([int(value)]),
+                "conditioning_note": str(value)}
+        return having(conditioning(1), **more)
+
+    [entry] = mixed(Mix(Prompt(prompt(3.0), "frequent"), 0.25), converted(Prompt(prompt(1.0), "positive")))
+    assert torch.equal(entry["conditioning_llama3"], torch.full((1, 2, 3), 1.5))
+    assert entry["conditioning_lyrics"].tolist() == [1] and entry["conditioning_note"] == "1.0"
 
 
 def test_only_one_prompt_can_be_mixed_in(model, kind):
