@@ -200,7 +200,7 @@ def lies_in(cond: dict, percent: float) -> bool:
 
 def together(conds: Conds, percent: float) -> int:
     """How many unprocessed entries the host may put into one forward pass there: they act on areas of one size."""
-    areas = [(entry.get("area") or ()) if entry.get("area") or is_whole(entry) else (id(entry),)  # a mask's own bounds
+    areas = [entry.get("area") or (() if is_whole(entry) else (id(entry),))  # the bounds of a mask are its own
              for entry in conds if lies_in(entry, percent)]
     sizes = [tuple(area[: (len(area) + 1) // 2]) for area in areas]  # then come the offsets
     return max(map(sizes.count, sizes), default=0)

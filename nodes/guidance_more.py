@@ -328,8 +328,8 @@ class RudderNegative(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, negative, weight, start_percent, end_percent) -> io.NodeOutput:
-        window = {"start": start_percent, "end": end_percent}
-        return patched(model, ExtraNegative(negative=Prompt(negative, "negative", True), weight=weight, **window))
+        prompt = Prompt(negative, "negative", negative=True)
+        return patched(model, ExtraNegative(negative=prompt, weight=weight, start=start_percent, end=end_percent))
 
 
 class RudderBetaCFG(io.ComfyNode):

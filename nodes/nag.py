@@ -57,7 +57,7 @@ class RudderNAG(io.ComfyNode):
     @classmethod
     def execute(cls, model, negative, scale, tau, alpha, blocks, start_percent, end_percent) -> io.NodeOutput:
         return patched(model, NAG(
-            negative=Prompt(negative, "negative", True), strength=scale, tau=tau, alpha=alpha, blocks=blocks,
+            negative=Prompt(negative, "negative", negative=True), strength=scale, tau=tau, alpha=alpha, blocks=blocks,
             start=start_percent, end=end_percent,
         ))  # fmt: skip
 
