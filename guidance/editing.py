@@ -34,6 +34,29 @@ def check_share(title: str, **shares: float) -> None:
             raise GuidanceError(f"{title}: {name} is {value:g}; it must be from 0 to 1.")
 
 
+def check_ends(title: str, start: float, **ends: float) -> None:
+    """Refuse a start after which nothing acts. Ends of 0 without a start are said on purpose: the node is off."""
+    if start and start >= max(ends.values()):
+        raise GuidanceError(f"{title}: start_percent is {start:g} and everything ends before that: "
+                            f"{' and '.join(f'{name} is {until:g}' for name, until in ends.items())}.")
+
+
+def check_reached(title: str, setup: Setup, start: float, end: float, **ends: float) -> None:
+    """Refuse a run of which no step in the window ``start`` .. ``end`` comes before one of ``ends``, the percents of the
+    timesteps until which the parts of a method act; say which part never acts. A part that ends at 0 is off."""
+    steps = [step for step in setup.steps if step.within(start, end)]
+    late = [name for name, until in ends.items() if until and not any(step.before(until) for step in steps)]
+    if not (steps and late):
+        return
+    first = max(steps, key=lambda step: step.level)
+    said = (f"{title}: the first step of this run that it may act in lies at {first.percent_of(first.level):.2g} of the "
+            f"timesteps, and {' and '.join(f'{name} is {ends[name]:g}' for name in late)}")
+    if all(name in late for name, until in ends.items() if until):
+        raise GuidanceError(f"{said}, so it could not act. Raise that, or begin the run earlier: its denoise is below 1, "
+                            "or it has a start_at_step.")
+    log.warning("Rudder: %s, so that part does not act. Raise it, or set it to 0 to say so.", said)
+
+
 def check_positive(title: str, edit: EditPrompts, setup: Setup) -> None:
     """Refuse a positive that the prompts do not describe."""
     if not setup.features or not all(any(_same(f, own) for own in edit.features) for f in setup.features):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ..attention.features import Features
 from .contract import Edits, Guidance, GuidanceError, Setup, Step
-from .editing import check_share, require_source
+from .editing import check_ends, check_reached, check_share, require_source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,7 @@ class PlugAndPlay(Guidance):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_share(self.title, attention_percent=self.attention_until, feature_percent=self.feature_until)
+        check_ends(self.title, self.start, attention_percent=self.attention_until, feature_percent=self.feature_until)
 
     @property
     def edit(self) -> Features:
@@ -43,13 +44,18 @@ class PlugAndPlay(Guidance):
 
     def check(self, setup: Setup) -> None:
         """Say what would not act: the edit as a whole needs just one of its sites."""
-        for until, given, kinds in ((self.attention_until, self.blocks, {"self", "joint"}),
-                                    (self.feature_until, self.feature, {"residual"})):  # fmt: skip
+        for until, name, given, kinds in (
+            (self.attention_until, "blocks", self.blocks, {"self", "joint"}),
+            (self.feature_until, "feature_block", self.feature, {"residual"}),
+        ):
             sites = [site for site in setup.sites if site.kind in kinds]
             if until > 0 and sites and not any(self.edit.acts_at(site) for site in sites):
                 names = ", ".join(dict.fromkeys(site.name for site in sites))
-                raise GuidanceError(f"{self.title}: none of these blocks is called '{given}': {names}.")
-        if self.feature_until > 0 and setup.sites and all(site.kind != "residual" for site in setup.sites):
+                raise GuidanceError(f"{self.title}: {name} is '{given}', and none of these is called that: {names}.")
+        residual = any(site.kind == "residual" for site in setup.sites)
+        features = {"feature_percent": self.feature_until} if residual or not setup.sites else {}
+        check_reached(self.title, setup, self.start, self.end, attention_percent=self.attention_until, **features)
+        if self.feature_until > 0 and setup.sites and not residual:
             logging.getLogger("rudder").warning(
                 "Rudder: %s: this model has no residual blocks, so queries and keys alone are the source's. Set "
                 "feature_percent to 0 to say so.", self.title,

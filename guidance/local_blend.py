@@ -50,6 +50,9 @@ class LocalBlend(Guidance):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_share(self.title, threshold=self.threshold, start_percent=self.blend_start)
+        if self.end < self.blend_start:
+            raise GuidanceError(f"{self.title}: end_percent is {self.end:g} and start_percent {self.blend_start:g}, so "
+                                "there is nothing between them. Set end_percent above start_percent.")
         check_words(self.title, self.edit, [*self.words, *([""] * (not self.edit.layouts[0]))], range(self.edit.rows))
         for row, (source, target) in enumerate(self.columns, 1):
             if not source and not target:

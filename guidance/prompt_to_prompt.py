@@ -20,7 +20,7 @@ from ..attention.edit_prompts import EditPrompts
 from ..attention.operations import MODES, RENORM, Operation, operation
 from ..attention.prompt_to_prompt import SameLayout, TextMaps
 from .contract import Edits, Guidance, GuidanceError, Setup, Step
-from .editing import check_positive, check_rows, check_share, check_sizes, check_words
+from .editing import check_ends, check_positive, check_reached, check_rows, check_share, check_sizes, check_words
 
 WEIGHTS = (-2.0, 2.0)
 
@@ -54,9 +54,7 @@ class PromptToPrompt(Guidance):
         super().__post_init__()
         check_share(self.title, cross_end=self.cross_end, self_end=self.self_end, style_alpha=self.alpha,
                     **{f"word_ends, '{word}'": end for word, end in self.ends})
-        if self.start and self.start >= max(self.cross_end, self.self_end, *(end for _, end in self.ends), 0.0):
-            raise GuidanceError(f"{self.title}: start_percent is {self.start:g} and everything ends before that. Set "
-                                "it below cross_end or self_end.")
+        check_ends(self.title, self.start, cross_end=self.words_end, self_end=self.self_end)
         for name, value, known in (("mode", self.mode, MODES), ("renorm", self.renorm, RENORM)):
             if value not in known:
                 raise GuidanceError(f"{self.title}: {name} is '{value}'; it must be one of {', '.join(known)}.")
@@ -64,10 +62,15 @@ class PromptToPrompt(Guidance):
             if not WEIGHTS[0] <= weight <= WEIGHTS[1]:
                 raise GuidanceError(f"{self.title}: the weight of '{word}' is {weight:g}; it must be from -2 to 2, 1 "
                                     "changes nothing.")
-        if not max([self.cross_end, *(end for _, end in self.ends)]) and any(weight != 1 for _, weight in self.words):
+        if not self.words_end and any(weight != 1 for _, weight in self.words):
             raise GuidanceError(f"{self.title}: words have weights and cross_end is 0, so they would not act. Raise "
                                 "cross_end (0.8 is usual): it is until when weights count, on every model.")
         check_words(self.title, self.edit, [w for w, _ in (*self.words, *self.ends)], range(1, self.edit.rows))
+
+    @property
+    def words_end(self) -> float:
+        """Until when any word is edited."""
+        return max([self.cross_end, *(end for _, end in self.ends)])
 
     @cached_property
     def operations(self) -> list[Operation | None]:
@@ -94,15 +97,18 @@ class PromptToPrompt(Guidance):
         if "cross" in kinds and self.cross_end and not self.edit.layouts[0]:
             raise GuidanceError(f"{self.title}: where the words of this text encoder are is not known. It is known for "
                                 "CLIP and T5; load the text encoder that belongs to the checkpoint.")
-        if "joint" in kinds and self.cross_end and not self.self_end and not self.words:
+        weighed = any(weight != 1 for _, weight in self.words)
+        if "joint" in kinds and not self.self_end and not weighed:
             raise GuidanceError(f"{self.title}: text and image attend together in this model, so there is no attention "
                                 "to words to take over. Raise self_end (0.2 is usual), or give words a weight.")
+        words = {"cross_end": self.words_end} if "cross" in kinds or weighed else {}
+        check_reached(self.title, setup, self.start, self.end, **words, self_end=self.self_end)
 
     def edits(self, step: Step) -> Edits:
         check_rows(self.title, self.edit, step, step.state(self))
         out, state, device = [], step.state(self), step.x.device
         check_sizes(self.title, "self_tokens", self.self_tokens, step, state.get("layout"), " Or set self_end to 0.")
-        if step.before(max([self.cross_end, *(end for _, end in self.ends)])):
+        if step.before(self.words_end):
             hows = state.setdefault("operations", [how and how.to(device) for how in self.operations])
             inside = [how and self.inside(step, row) for row, how in enumerate(hows)]
             out.append(TextMaps(

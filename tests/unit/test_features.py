@@ -75,6 +75,25 @@ def test_a_window_of_nothing_edits_nothing():
     assert torch.equal(attend(Features(attention_until=0).inputs(made())), attend(made()))
 
 
+def late(first: int, sites: list[Site]):
+    """A run whose first step is ``first`` of 10, as with a low denoise."""
+    return replace(setup(), sites=sites, steps=setup().steps[first:])
+
+
+def test_a_run_that_begins_after_every_window_is_refused(caplog):
+    joint = numbered(Site(f"joint.{i}", "joint") for i in range(4))
+    for method, run in ((PlugAndPlay(), late(8, SD15 + sd15())), (PlugAndPlay(attention_until=0.2), late(3, joint))):
+        with pytest.raises(GuidanceError, match=r"lies at 0\.[38] of the timesteps, and attention_percent is 0\.[25]"):
+            method.check(run)
+    PlugAndPlay(attention_until=0, feature_until=0).check(late(8, SD15 + sd15()))  # off on purpose
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING, "rudder"):
+        PlugAndPlay().check(late(6, SD15 + sd15()))
+    assert "lies at 0.6 of the timesteps, and attention_percent is 0.5, so that part does not act" in caplog.text
+    with pytest.raises(GuidanceError, match="start_percent is 0.8 and everything ends before that"):
+        PlugAndPlay(start=0.8)
+
+
 @pytest.mark.parametrize("name", ["attention_until", "feature_until"])
 def test_a_share_is_a_share(name):
     with pytest.raises(GuidanceError, match="_percent is 1.5; it must be from 0 to 1"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from rudder.attention.edit_prompts import EditPrompts
 from rudder.attention.local_blend import WordMaps, blended, masks
 from rudder.attention.operations import MODES, Operation, edited_map, operation
 from rudder.attention.prompt_to_prompt import SameLayout, TextMaps, folded
+from rudder.attention.sites import Site
 from rudder.guidance.contract import GuidanceError, Predictions
 from rudder.guidance.editing import check_positive, check_sizes
 from rudder.guidance.local_blend import LocalBlend
@@ -222,6 +224,22 @@ def test_bad_settings_are_refused(options, message):
         PromptToPrompt(edit=DOG, **options)
 
 
+@pytest.mark.parametrize("kind, options, first, message", [
+    ("cross", {}, 9, "lies at 0.9 of the timesteps, and cross_end is 0.8 and self_end is 0.4"),
+    ("cross", {"cross_end": 0.0}, 5, "lies at 0.5 of the timesteps, and self_end is 0.4"),
+    ("joint", {"self_end": 0.2}, 3, "lies at 0.3 of the timesteps, and self_end is 0.2"),
+    ("joint", {"self_end": 0.2, "words": (("cat", 2.0),)}, 3, None),
+    ("cross", {"cross_end": 0.0, "self_end": 0.0}, 9, None),
+    ("cross", {}, 3, None),
+])
+def test_a_run_that_begins_after_every_end_is_refused(kind, options, first, message):
+    """Image to image begins late; on joint attention words act by their weights alone."""
+    prompts = replace(DOG, features=(torch.zeros(3, 4, 8),))
+    run = replace(setup(), sites=[Site("0", kind)], steps=setup().steps[first:], features=prompts.features)
+    with pytest.raises(GuidanceError, match=message) if message else nullcontext():
+        PromptToPrompt(edit=prompts, **options).check(run)
+
+
 def test_a_prompt_that_differs_in_weights_alone_is_edited():
     """The text "(dog:1.5)" has the source's words; what differs is in the features."""
     plain, heavy = torch.randn(2, 1, 12, 8, generator=torch.Generator().manual_seed(0))
@@ -251,6 +269,8 @@ def test_a_blend_needs_a_word():
         LocalBlend(edit=edit("a dog", "a dog"))
     with pytest.raises(GuidanceError, match="no prompt says 'bird'"):
         LocalBlend(edit=DOG, words=("bird",))
+    with pytest.raises(GuidanceError, match="end_percent is 0.5 and start_percent 0.8"):
+        LocalBlend(edit=DOG, blend_start=0.8, end=0.5)
     with pytest.raises(GuidanceError, match="not known"):
         LocalBlend(edit=EditPrompts(("a", "b"), ((), ())))
 
