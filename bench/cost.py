@@ -1,9 +1,10 @@
 """What a method costs: the time of a step against one batched evaluation of the same number of conds.
 
 Every sampling step is followed at once by the reference, one call of the host's ``calc_cond_batch`` with as many of the
-run's own conds on the same x, so both see the same machine: their ratio is taken step by step, and its median is not
-moved by whatever else the machine does. What is above 1 is the sampler, ComfyUI's own bookkeeping and ours; the rows of
-plain KSampler show the first two alone. Nodes of ComfyUI that do what one of ours does are rows of the same run.
+run's own conds on the same x, without our edits of its attention, so both see the same machine: their ratio is taken
+step by step, and its median is not moved by whatever else the machine does. What is above 1 is the sampler, ComfyUI's
+own bookkeeping and ours, and what methods do inside attention; the rows of plain KSampler show the first two alone.
+Nodes of ComfyUI that do what one of ours does are rows of the same run.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ from rudder.guidance.temporal_net import TimePredictor
 from rudder.guidance.trace import Recorder, Trace
 from rudder.host import add_guidance
 from rudder.host import demo as demo_host
+from rudder.host.run import KEY
 from rudder.host.samplers import cfg_pp, w2sd
 from rudder.host.sites import sites_of
 from rudder.host.words import encoded
@@ -247,7 +249,7 @@ def sample(
 
     def callback(index: int, denoised: torch.Tensor, x: torch.Tensor, total: int) -> None:
         if not options:
-            options.update(comfy.model_patcher.create_model_options_clone(guider.model_options))
+            options.update(unedited(guider.model_options))
             options.setdefault("transformer_options", {})["sample_sigmas"] = sigmas.to(x.device)
         each_step(guider, index, x, sigmas[index].to(x.device).expand(batch), options)
 
@@ -256,6 +258,16 @@ def sample(
         noise = comfy.sample.prepare_noise(latent, 1, [0] * batch if edits else None)
         sampler = sampler or comfy.samplers.sampler_object("euler")
         return guider.sample(noise, latent, sampler, sigmas, callback=callback, disable_pbar=True, seed=1)
+
+
+def unedited(model_options: dict) -> dict:
+    """A copy of a run's options with which the model is evaluated as ComfyUI alone would: without our edits of its
+    attention, which are a wrapper of the run."""
+    options = comfy.model_patcher.create_model_options_clone(model_options)
+    wrappers = options.get("transformer_options", {}).get("wrappers", {})
+    for kind, of in wrappers.items():
+        wrappers[kind] = {key: some for key, some in of.items() if key != KEY}
+    return options
 
 
 def levels(model: Any, steps: int) -> torch.Tensor:

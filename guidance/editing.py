@@ -42,18 +42,18 @@ def check_ends(title: str, start: float, **ends: float) -> None:
 
 
 def check_reached(title: str, setup: Setup, start: float, end: float, **ends: float) -> None:
-    """Refuse a run of which no step in the window ``start`` .. ``end`` comes before one of ``ends``, the percents of the
-    timesteps until which the parts of a method act; say which part never acts. A part that ends at 0 is off."""
+    """Refuse a run of which no step in the window ``start`` .. ``end`` comes before one of ``ends``, the percents of
+    the timesteps until which the parts of a method act; say which part never acts. A part that ends at 0 is off."""
     steps = [step for step in setup.steps if step.within(start, end)]
     late = [name for name, until in ends.items() if until and not any(step.before(until) for step in steps)]
     if not (steps and late):
         return
     first = max(steps, key=lambda step: step.level)
-    said = (f"{title}: the first step of this run that it may act in lies at {first.percent_of(first.level):.2g} of the "
+    said = (f"{title}: the first step of this run in its window lies at {first.percent_of(first.level):.2g} of the "
             f"timesteps, and {' and '.join(f'{name} is {ends[name]:g}' for name in late)}")
     if all(name in late for name, until in ends.items() if until):
-        raise GuidanceError(f"{said}, so it could not act. Raise that, or begin the run earlier: its denoise is below 1, "
-                            "or it has a start_at_step.")
+        raise GuidanceError(f"{said}, so it could not act. Raise that, or begin the run earlier: its denoise is below "
+                            "1, or it has a start_at_step.")
     log.warning("Rudder: %s, so that part does not act. Raise it, or set it to 0 to say so.", said)
 
 

@@ -44,8 +44,9 @@ def check_edit(title: str, edit: AttentionEdit, sites: Sequence[Site], model: to
     if not found:
         names = dict.fromkeys(site.name for site in sites if site.kind in edit.kinds)
         kinds = " and ".join(sorted(edit.kinds))
+        lacking = f"is called '{edit.blocks}'" if edit.blocks else "is where it acts unless 'blocks' names another"
         raise GuidanceError(
-            f"{title}: no {kinds} attention of this model is called '{edit.blocks}'. It has: {', '.join(names)}."
+            f"{title}: no {kinds} attention of this model {lacking}. It has: {', '.join(names)}."
             if names else f"{title}: this model has no {kinds} attention. Its kinds are: "
             f"{', '.join(sorted({site.kind for site in sites}))}. Remove the node for this model, or what asks for it "
             "in the node (words, for instance)."

@@ -42,12 +42,12 @@ SEEDS = 2**64
 log = logging.getLogger("rudder")
 
 
-def file_inputs(what: str) -> list:
+def file_inputs(what: str, folder: str, unnamed: str) -> list:
     return [
         io.String.Input(
             "name", default="",
-            tooltip=f"File name for the {what} in ComfyUI's models/rudder folder. If the file is there it is used as "
-            "it is, without any work.",
+            tooltip=f"File name for the {what} in ComfyUI's models/rudder/{folder} folder. If the file is there it is "
+            f"used as it is, without any work. {unnamed}",
         ),
         io.Boolean.Input(
             "overwrite", default=False,
@@ -68,12 +68,12 @@ class RudderFitLinearAG(io.ComfyNode):
             "LinearAG (AAAI 2025, arXiv 2312.12487). 2 model evaluations a step and run, none when the file is there.",
             search_aliases=["linear ag", "adaptive guidance fit", "regression", "faster cfg"],
             inputs=[
-                io.Model.Input("model", tooltip="The model to fit, before any Rudder node that guides."),
+                io.Model.Input("model", tooltip="The model to fit, before any Rudder node, Guidance Trace too."),
                 io.Conditioning.Input("positive", tooltip="A typical prompt; a list of several areas is fine too."),
                 io.Conditioning.Input("negative", tooltip="The negative that you sample with."),
                 io.Latent.Input("latent_image", tooltip="An empty latent of your size. Its batch counts: 4 pictures "
                                 "in 2 runs are 8 samples to fit."),
-                *file_inputs("coefficients"),
+                *file_inputs("coefficients", "linear_ag", "Empty: they are not kept, and overwrite has no meaning."),
                 io.Int.Input("runs", default=4, min=1, max=64,
                              tooltip="How many times to sample, 1 to 64. 4 to 8 samples in all are enough."),
                 io.Int.Input("steps", default=20, min=2, max=1000, tooltip="As in the sampler that uses the result."),
@@ -351,7 +351,7 @@ class RudderTrainTimePredictor(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 io.Model.Input("model", tooltip="Only the kind of its latents is read."),
-                *file_inputs("predictor"),
+                *file_inputs("predictor", "time", "It has to have a name."),
                 io.Latent.Input("latents", optional=True, tooltip="Clean latents to train on, 16 or more: what "
                                 "samplers give, or VAE Encode."),
                 io.Image.Input("images", optional=True, tooltip="Pictures to train on, 16 or more; needs 'vae'."),

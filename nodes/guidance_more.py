@@ -175,6 +175,9 @@ class RudderAdaptiveGuidance(io.ComfyNode):
         if coefficients is not None and (mode == "stop" or linear_until == 0.0):
             raise ValueError("'coefficients' are wired but nothing uses them: set mode to linear or both, and "
                              "linear_until above 0, or remove the link.")
+        if mode != "stop" and linear_until == 0.0:
+            raise ValueError("'linear_until' is 0, so no step's negative is predicted. Raise it (paper: 0.5), or set "
+                             "mode to stop.")
         if mode != "stop":
             model = add_guidance(model, LinearAG(every=every, coefficients=coefficients, end=linear_until))
         if mode == "linear":

@@ -34,8 +34,8 @@ class RudderMasaCtrl(io.ComfyNode):
                 io.Float.Input(
                     "start_depth", default=0.625, min=0.0, max=0.99, step=0.005, round=False,
                     tooltip="The share of the self-attention blocks, in their order, that are left alone. Paper: "
-                    "layer 10 of 16, 0.625. Lower ties the layout too. On Flux any value above 0 means the 13 blocks "
-                    "that carry content.",
+                    "layer 10 of 16, 0.625. Lower ties the layout too. On Flux and Chroma any value above 0 means the "
+                    "13 blocks that carry content in Flux.",
                 ),
                 io.Boolean.Input(
                     "union", default=False,
@@ -80,6 +80,9 @@ class RudderMasaCtrl(io.ComfyNode):
         source, edits = (  # some nodes give one mask as [H, W]
             None if mask is None else mask.reshape(-1, *mask.shape[-2:]) for mask in (source_mask, edit_mask)
         )
+        if source is not None and len(source) > 1:
+            raise ValueError(f"{MasaCtrl.title}: source_mask holds {len(source)} masks and the source is one picture: "
+                             "give its mask alone.")
         masks = None if source is None else Masks(source[:1], source[:1] if edits is None else edits)
         return patched(model, MasaCtrl(
             depth=start_depth, union=union, masks=masks, blocks=blocks, start=start_percent, end=end_percent,

@@ -79,7 +79,7 @@ class RudderW2SD(io.ComfyNode):
                     tooltip="Only without weak_guider: the cfg of the weak side, below the sampler's. Official: 1 with "
                     "cfg 5.5. 1 costs one evaluation less a step.",
                 ),
-                *window_inputs("Steps are reflected"),
+                *window_inputs("Steps are reflected", "Outside, steps are plain Euler."),
             ],
             outputs=[sampler_output()],
         )  # fmt: skip

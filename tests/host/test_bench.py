@@ -39,6 +39,7 @@ from rudder.bench.seen import diversities
 from rudder.guidance.blend import FixedBlend
 from rudder.guidance.contract import Prompt
 from rudder.guidance.space import Parametrisation
+from rudder.host import attention
 from rudder.host import demo as demo_host
 from rudder.nodes import NODES
 
@@ -589,6 +590,18 @@ def test_true_renders_leave_textures_to_the_captions_that_would_name_them():
     found = judge.load()(torch.from_numpy(truth.renders(prompts, 1))).probabilities["texture"].argmax(-1)[:, 0]
     share = float((found == world.TEXTURES.index("plain")).float().mean())
     assert plain.mean() < 0.8 < plain[said].mean() and abs(share - plain[said].mean()) < 0.06
+
+
+def test_the_reference_of_cost_is_without_our_edits(monkeypatch):
+    calls, edited = [], attention.edited
+    monkeypatch.setattr(attention, "edited", lambda *given: calls.append(1) or edited(*given))
+    model, conds, words = cost.random_model(cost.TINY)
+    [row] = [row for row in cost.ROWS if row.name.startswith("Negative at Any CFG")]
+    run = cost.patched(model, row, conds, words(2)[1]), conds, 1, 3, 8
+    cost.sample(*run, lambda *step: None)
+    alone = len(calls)
+    cost.timed(*run, [2] * 3)
+    assert alone and len(calls) == 2 * alone
 
 
 def test_comparisons_of_cost_are_undecided_where_a_quarter_of_the_steps_meets_the_aim():

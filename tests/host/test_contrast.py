@@ -19,6 +19,8 @@ from rudder.guidance.entropy import AttentionEntropy
 from rudder.guidance.sag import SelfAttentionGuidance
 from rudder.guidance.trace import QUANTITIES, Recorder, Trace
 from rudder.host import add_guidance, plan_of, trained_cells
+from rudder.host.attention import check_edit
+from rudder.host.sites import sites_of
 from rudder.nodes.attention import RudderAttentionEntropy, RudderPAG, RudderSAG, RudderSEG
 
 from .models import CHANNELS, FAMILIES, calls, conditioning, having, sample, tiny_scail, tiny_wan
@@ -303,6 +305,13 @@ def test_sag_needs_a_prompt_for_the_whole_picture():
     assert sample(model, "unet", POSITIVE, masked, image=picture("unet"), steps=1).isfinite().all()
     combined = [*NEGATIVE, *conditioning(6)]
     assert sample(model, "unet", POSITIVE, combined, image=picture("unet"), steps=1).isfinite().all()
+
+
+def test_a_unet_without_a_middle_block_is_told_to_name_one():
+    network = FAMILIES["unet"]().model.diffusion_model
+    sites = [site for site in sites_of(network) if not site.name.startswith("middle")]
+    with pytest.raises(GuidanceError, match="SAG: no .* is where it acts unless 'blocks' names another. It has: input"):
+        check_edit("SAG", SelfAttentionGuidance().reader, sites, network)
 
 
 def test_sag_reads_one_block(family, network):

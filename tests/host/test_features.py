@@ -40,9 +40,9 @@ def test_both_parts_act():
 
 
 def test_names_that_no_block_has_are_refused(unet):
-    with pytest.raises(GuidanceError, match="none of these blocks is called 'output.9': input"):
+    with pytest.raises(GuidanceError, match="feature_block is 'output.9', and none of these is called that: input"):
         edit(unet, "unet", PlugAndPlay(feature="output.9"))
-    with pytest.raises(GuidanceError, match="none of these blocks is called 'double.1': input"):
+    with pytest.raises(GuidanceError, match="blocks is 'double.1', and none of these is called that: input"):
         edit(unet, "unet", PlugAndPlay(blocks="double.1"))
     with pytest.raises(GuidanceError, match="'up_3' is not a block"):
         edit(unet, "unet", PlugAndPlay(blocks="up_3"))

@@ -170,6 +170,8 @@ def test_the_node_wires_one_or_both(model, kind):
     assert methods(mode="both", linear_until=0.4) == [LinearAG, AdaptiveGuidance]
     with pytest.raises(ValueError, match="'coefficients' are wired but nothing uses them"):
         methods(coefficients=fitted(model, kind))
+    with pytest.raises(ValueError, match="'linear_until' is 0, so no step's negative is predicted"):
+        methods(mode="both", linear_until=0.0)
     both, steps = traced(wired(mode="both", threshold=-1.0, start_percent=0.6), kind)
     assert both.isfinite().all() and steps[-1]["evaluations"] == 1 and steps[1]["predicted"] == 1
 

@@ -228,3 +228,5 @@ def test_the_node():
         1, *ONES.shape[1:])
     with pytest.raises(ValueError, match="edit_mask needs a source_mask"):
         call(RudderMasaCtrl, model=unet, edit_mask=ONES)
+    with pytest.raises(ValueError, match="source_mask holds 2 masks and the source is one picture"):
+        call(RudderMasaCtrl, model=unet, source_mask=ONES[[0, 0]])
