@@ -81,7 +81,8 @@ class Table:
 
     ``columns`` maps the keys of a row to (heading, format); a row may lack a column, and a value may be anything that
     formats, such as ``stats.Interval``. ``notes`` are sentences. ``plots`` maps a name to what saves its picture under
-    a path (``figure.savefig``, ``image.save``). ``parts`` are further tables of the run, printed below as sections.
+    a path (``figure.savefig``, ``image.save``), None for the one that an earlier run has left there, if any. ``parts``
+    are further tables of the run, printed below as sections.
     """
 
     name: str
@@ -90,7 +91,7 @@ class Table:
     rows: list[dict[str, Any]]
     notes: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
-    plots: dict[str, Callable[[Path], Any]] = field(default_factory=dict)
+    plots: dict[str, Callable[[Path], Any] | None] = field(default_factory=dict)
     parts: list[Table] = field(default_factory=list)
 
     def markdown(self, level: int = 1) -> str:
@@ -119,12 +120,16 @@ class Table:
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        for table in (self, *self.parts):
+            table.plots = {name: save for name, save in table.plots.items()
+                           if save or (folder / table.picture(name)).is_file()}
         (folder / f"{self.name}.md").write_text(self.markdown(), encoding="utf-8")
         text = json.dumps(self.record(), indent=1, default=plain) + "\n"
         (folder / f"{self.name}.json").write_text(text, encoding="utf-8")
         for table in (self, *self.parts):
             for name, save in table.plots.items():
-                save(folder / table.picture(name))
+                if save:
+                    save(folder / table.picture(name))
 
 
 def plain(value: Any) -> Any:

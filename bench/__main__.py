@@ -70,7 +70,13 @@ def main() -> None:
     table = importlib.import_module(f".{TABLES[args.table][0]}", __package__).main(options)
     table.facts |= facts(started, args.quick)
     print(table.markdown())
-    folder = args.out or (None if args.quick or args.shard[1] > 1 else RESULTS)  # a share is no table
+    partial = args.model or args.n or args.precision != parser.get_default("precision")
+    if args.shard[1] > 1:
+        folder = None  # a share is no table
+    else:
+        folder = args.out or (None if args.quick or partial else RESULTS)
+    if partial and not folder and not args.quick:
+        print("not saved: --model, --n and --precision make another table than the published one; --out keeps it")
     if folder:
         table.save(folder)
         print(f"saved in {folder}")

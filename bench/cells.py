@@ -194,6 +194,12 @@ class Store:
     def missing(self, all_jobs: Sequence[Job]) -> list[Job]:
         return [job for job in all_jobs if not self.file(job).is_file()]
 
+    def there(self, job: Job, until: float) -> bool:
+        """Whether its pictures are there, painted again where they are gone and it is before ``until``."""
+        if self.missing([job]) and time.monotonic() < until:
+            self.paint(job)
+        return not self.missing([job])
+
     def paint(self, job: Job) -> float:
         """Make one batch and keep it. Returns the seconds that it took."""
         begun = time.perf_counter()
@@ -270,6 +276,16 @@ class Scores:
     diversity: float | None
     evaluations: float = float("nan")
     seconds: float = float("nan")
+
+
+def sheet(store: Store, rows: Mapping[str, Job], until: float, columns: int = 12) -> dict[str, Any]:
+    """A contact sheet: the first pictures of each row's batch, and under 'prompts' their texts. Empty when a batch is
+    gone and there is no time to paint it: the sheet of an earlier run is better than a part of one."""
+    if not rows or not all(store.there(job, until) for job in rows.values()):
+        return {}
+    first = next(iter(rows.values()))
+    texts = [first.cell.text(i) for i in range(first.first, first.last)][:columns]
+    return {name: store.batch(job)[0][:columns] for name, job in rows.items()} | {"prompts": texts}
 
 
 def score(images: np.ndarray, prompts: Sequence[RarePrompt], judge: Callable) -> Scores:

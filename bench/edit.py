@@ -11,7 +11,6 @@ to keep. Every method runs at its paper's defaults; the first row is the edited 
 from __future__ import annotations
 
 import hashlib
-import time
 import zlib
 from collections.abc import Callable, Sequence
 from copy import copy
@@ -247,11 +246,7 @@ def made_of(todo: cells.Todo, judge: Any) -> list[Made]:
 
 def pictures(store: Store, made: Made, until: float) -> np.ndarray | None:
     """Source and edit, uint8 ``[2, 64, 64, 3]``, painted again where they are gone and there is time, else None."""
-    if store.missing([made.job]):
-        if time.monotonic() >= until:
-            return None
-        store.paint(made.job)
-    return store.batch(made.job)[0][[0, made.place]]
+    return store.batch(made.job)[0][[0, made.place]] if store.there(made.job, until) else None
 
 
 # ---------------------------------------------------------------- the table

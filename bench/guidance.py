@@ -367,15 +367,18 @@ def expected_saving(model: str, of: dict, plain: dict[float, Seen]) -> list[str]
 
 
 def notes(found: Found, options: Options, n: int, stores: Sequence[Store], missing: int) -> list[str]:
+    pairs = {p.pair for cell in cells_of(PLAIN, 1.0, n) for p in cell.prompts}
     out = [
         f"Prompts: half {CATEGORIES[0]}, half {CATEGORIES[1]} of RareShapes, the half '{SPLIT}' of the list, {n} "
         f"pictures a row ({digest(n)}), the same prompts and seeds in every row. Right: shape and attribute, as the "
         "judge reads them. Every method at its paper's defaults.",
         *(f"{s.painter.name} ({s.painter.digest}): {s.about}." for s in stores),
         "This table: every method at the cfg that brings it nearest to true renders by the Frechet distance on the "
-        "judge's features; all weights are in the next. 'True renders' are as many of the same prompts, the floor of "
-        f"the column; their saturation is {found.data:.3f}.",
-        "Intervals: 95 %, bootstrap clustered by prompt; of Frechet distances jackknife over groups of prompts. "
+        "judge's features, chosen on these very pictures; all weights are in the next. 'True renders' are as many of "
+        f"the same prompts, the floor of the column; the saturation of all that distances are measured from is "
+        f"{found.data:.3f}.",
+        f"Intervals: 95 %, bootstrap clustered by prompt, so they are about these {len(pairs)} pairs of shape and "
+        "attribute in other colours and with other seeds; of Frechet distances jackknife over groups of prompts. "
         "Differences are to CFG at the same cfg on the same pictures. 'Nearer the data': by how much the mean "
         "saturation lies nearer to that of true renders.",
         "Negatives (as uncond, extra, Perp-Neg) say another attribute of the same shape; AAPB, R2F and the blend have "
@@ -459,7 +462,8 @@ def main(options: Options) -> Table:
         ready += cells.done([row for row in todo if not urgent(*row.what[1:3])], options)
         parts, absent = guidanceworlds.parts(options, work)
         found = found_of(ready, stores, true, reader, tag)
-        sheets = {s.painter.name: sheet(s, [row.what[3][0] for row in ready if row.store is s]) for s in stores}
+        sheets = {s.painter.name: cells.sheet(s, shown(s, [row.what[3][0] for row in ready if row.store is s]),
+                                              options.until) for s in stores}
     rows = rows_of(found)
     missing = len(todo) - len(ready) + waiting + absent
     out = Table("guidance", "Guidance methods: accuracy, saturation, distance and cost", COLUMNS, nearest(rows),
@@ -469,10 +473,9 @@ def main(options: Options) -> Table:
     return out
 
 
-def sheet(store: Store, ready: Sequence[Cell], columns: int = 12) -> dict[str, Any]:
-    """The first pictures of every method at the highest weight: the same prompts and seeds in every row."""
-    ready = [cell for cell in ready if not store.missing(cells.jobs(cell))]
+def shown(store: Store, ready: Sequence[Cell]) -> dict[str, cells.Job]:
+    """Of the contact sheet: the first batch of every method at the highest weight."""
+    ready = [cell for cell in ready if possible(store, cell.method)]
     highest = max((cell.cfg for cell in ready), default=0)
-    shown = sorted((c for c in ready if c.cfg == highest), key=lambda c: list(ROWS).index(c.method))
-    out: dict[str, Any] = {f"{ROWS[c.method].name}, cfg {highest:g}": store.read(c)[0][:columns] for c in shown}
-    return out | {"prompts": [p.text for p in shown[0].prompts[:columns]]} if shown else {}
+    mine = sorted((cell for cell in ready if cell.cfg == highest), key=lambda cell: list(ROWS).index(cell.method))
+    return {f"{ROWS[cell.method].name}, cfg {highest:g}": jobs_of(store, cell)[0] for cell in mine}

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from . import seen
 from .guidance import PLAIN, ROWS
-from .rareplots import contact_sheet, whisker
+from .rareplots import saved_sheets, whisker
 
 if TYPE_CHECKING:
     from .guidance import Found
@@ -118,11 +118,12 @@ def saver(figures: dict[str, Figure]) -> dict[str, Callable]:
     return {name: partial(figure.savefig, dpi=110) for name, figure in figures.items()}
 
 
-def all_plots(found: Found, sheets: dict[str, dict]) -> dict[str, Callable]:
+def all_plots(found: Found, sheets: dict[str, dict]) -> dict[str, Callable | None]:
+    """``Table.plots``."""
     figures = {}
     if found.seen:
         figures = {"evaluations": by_evaluations(found), "weight": by_weight(found)}
-    return saver(figures | {f"sheet-{model}": contact_sheet(shown) for model, shown in sheets.items() if shown})
+    return saver(figures) | saved_sheets(sheets)
 
 
 def world_plots(found: dict, world: str) -> dict[str, Callable]:

@@ -88,7 +88,7 @@ def measure(ruler: Ruler, samples: Tensor, truth: Tensor, plan: Plan) -> dict[st
 
 def state(world: World, plan: Plan) -> dict[str, Any]:
     """What decides the rows of a world beside their methods and the host's side."""
-    files = [ROOT / "bench" / "exact" / f"{name}.py" for name in ("distances", "model", "worlds")]
+    files = [ROOT / "bench" / "exact" / f"{name}.py" for name in ("distances", "mixture", "model", "worlds")]
     code = [file.read_text(encoding="utf-8") for file in files] + [inspect.getsource(f) for f in (sample, measure)]
     digest = hashlib.sha256("\n".join(code).encode()).hexdigest()[:12]
     return {"batches": plan.batches, "size": plan.size, "steps": plan.steps, "truths": plan.truths, "sampler": SAMPLER,
@@ -102,14 +102,9 @@ def place(work: Path, world: World, plan: Plan) -> Path:
 
 
 def ledger(options: Options, work: Path, world: World, plan: Plan) -> Kept:
-    """The committed rows of a world; without those that other code has measured where the options ask for a check."""
+    """The committed rows of a world."""
     folder = options.kept or place(work, world, plan)
-    kept = Kept(folder / f"guidance-exact-{world.name}.json", state(world, plan), options.shard[1] == 1)
-    if options.check:
-        code = cells.code_digest()[:12]
-        for name in [name for name, row in kept.rows.items() if row["code"] != code]:
-            kept.drop(name)
-    return kept
+    return Kept(folder / f"guidance-exact-{world.name}.json", state(world, plan), options.shard[1] == 1)
 
 
 def remembered(file: Path, make: Callable[[], Measured]) -> Measured:
@@ -146,7 +141,8 @@ def measured(
         name = f"{kind.value}_{key}_cfg{cfg:g}_{code}"
         file = folder / f"{name}.json"
         mine = i % options.shard[1] == options.shard[0] and time.monotonic() < options.until
-        if name not in kept.rows and (mine or file.is_file()):
+        stale = options.check and kept.rows.get(name, by)["code"] != by["code"]  # stays until it is measured again
+        if (stale or name not in kept.rows) and (mine or file.is_file()):
             row = asdict(remembered(file, partial(run, kind, key, cfg)))
             kept.put(name, rounded(row) | by)
         if name in kept.rows:

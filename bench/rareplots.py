@@ -113,7 +113,7 @@ def by_anchor(found: Found, models: Sequence[str]) -> Figure:
 
 
 def contact_sheet(shown: dict) -> Figure:
-    """Rows are methods, columns prompts, all of the same seeds. ``shown``: see ``rare.sheet``."""
+    """Rows are methods, columns prompts, all of the same seeds. ``shown``: see ``cells.sheet``."""
     prompts = shown["prompts"]
     rows = {name: images for name, images in shown.items() if name != "prompts"}
     side = next(iter(rows.values())).shape[1]
@@ -129,9 +129,15 @@ def contact_sheet(shown: dict) -> Figure:
     return figure
 
 
-def all_plots(found: Found, models: Sequence[str], sheets: dict[str, dict]) -> dict[str, Callable]:
-    """Name -> what saves the picture under a path."""
+def saved_sheets(sheets: dict[str, dict]) -> dict[str, Callable | None]:
+    """``Table.plots`` of contact sheets, by the model; None where there is none to draw."""
+    return {f"sheet-{model}": partial(contact_sheet(shown).savefig, dpi=110) if shown else None
+            for model, shown in sheets.items()}
+
+
+def all_plots(found: Found, models: Sequence[str], sheets: dict[str, dict]) -> dict[str, Callable | None]:
+    """``Table.plots``."""
     figures = {"gamma": by_gamma(found, models), "categories": by_category(found, models),
                "anchors": by_anchor(found, models)}
-    figures |= {f"sheet-{model}": contact_sheet(shown) for model, shown in sheets.items() if shown}
-    return {name: partial(figure.savefig, dpi=110) for name, figure in figures.items() if figure}
+    drawn = {name: partial(figure.savefig, dpi=110) for name, figure in figures.items() if figure}
+    return drawn | saved_sheets(sheets)

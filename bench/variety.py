@@ -66,7 +66,7 @@ def front(found: Found) -> list[str]:
         of = {(ROWS[key].name, cfg): s for (key, cfg), s in found.of(model).items()}
 
         def freer(a, b, of=of) -> bool:
-            return seen.more_right(of[a], of[b]).low >= 0 and seen.more_diverse(of[a], of[b]).low >= 0
+            return seen.more_right(of[a], of[b]).low > 0 and seen.more_diverse(of[a], of[b]).low > 0
 
         where = seen.standings({name: (s.accuracy, s.variety) for name, s in of.items()}, freer)
         out.append(f"Accuracy against diversity, {model}: {seen.told(where)}")
@@ -86,5 +86,6 @@ def expectation(found: Found) -> list[str]:
             said.append(f"at {like:g} against CFG at {cfg:g}: diversity {effect:+.3f}, accuracy {right:+.1f} points: "
                         f"{seen.verdict(effect, 0, right)}")
         if said:
-            out.append(f"Expected: the limited interval is more diverse at equal accuracy; {model}, {'; '.join(said)}.")
+            out.append("Expected: the limited interval is more diverse at equal accuracy, at the weight nearest in it "
+                       f"on these pictures; {model}, {'; '.join(said)}.")
     return out

@@ -217,8 +217,8 @@ def main(options: Options) -> Table:
         {"world": ("world", ""), **columns},
         summary,
         [
-            "This table: every method at the cfg that brings it nearest to the truth by W2. All weights are in the "
-            "tables of the worlds below.",
+            "This table: every method at the cfg that brings it nearest to the truth by W2, chosen on these very "
+            "samples. All weights are in the tables of the worlds below.",
             f"Samples: KSampler, euler, normal schedule, {plan.steps} steps; {plan.batches} batches of {plan.size} a "
             "row, the same noise and the same true samples for every row of a world.",
             "In brackets: 95 % bootstrap interval of the mean over the batches.",

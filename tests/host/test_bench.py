@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -472,8 +473,13 @@ def test_the_rare_table(demo_files, stand_in, tmp_path):
     table = rare.main(options)
     wanted = {(f"shapes-{kind}", c, rare.ROWS[m].name, a or "none")
               for kind in demo_files for c, m, a in rare.plan(True)}
-    [part] = table.parts
+    part, pairs = table.parts
     assert {(r["model"], r["category"], r["method"], r["anchor"]) for r in part.rows} == wanted
+    for row in table.rows:
+        key = next(key for key, one in rare.ROWS.items() if one.name == row["method"])
+        mine = [r for r in pairs.rows if (r["model"], r["category"]) == (row["model"], "property")]
+        if key in rare.PAIRS:
+            assert sum(r["n"] * r[key] for r in mine) == pytest.approx(2 * row["property"].value)
     for row in part.rows:
         low, value, high = (getattr(row["accuracy"], k) for k in ("low", "value", "high"))
         assert 0 <= low <= value <= high <= 100 and row["n"] == 2
@@ -493,6 +499,13 @@ def test_the_rare_table(demo_files, stand_in, tmp_path):
     assert set(record["rows"][0]["property"]) == {"value", "low", "high"} and len(record["parts"][0]["rows"]) == 20
     again = rare.main(options)
     assert again.rows == table.rows, "a second run paints nothing new and says the same"
+    sheet = (tmp_path / "rare-dev-sheet-shapes-unet.png").read_bytes()
+    for gone in tmp_path.glob("work/*/property_dev_cfg5_r2f_*"):
+        shutil.rmtree(gone)
+    late = rare.main(replace(options, until=0.0))
+    late.save(tmp_path)
+    assert late.plots["sheet-shapes-unet"] is None and late.rows == table.rows
+    assert (tmp_path / "rare-dev-sheet-shapes-unet.png").read_bytes() == sheet, "better than a part of one"
 
 
 def test_a_shard_shows_what_there_is_and_names_what_is_missing(demo_files, stand_in, tmp_path):
