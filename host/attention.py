@@ -60,6 +60,7 @@ class Pass:
     layout: Layout
     roles: list[tuple[Any, ...]]  # of each chunk
     acting: Edits
+    named: Callable[[AttentionEdit], str]  # title of the method that brings an edit
     step: Step
     latent: tuple[int, ...]
     samples: int  # of each chunk
@@ -82,6 +83,7 @@ class Attention:
         self.who: Mapping[Any, tuple[Any, ...]] = {}  # uuid of a cond -> its roles, the most telling first
         self.entries: Mapping[Any, dict] = {}  # uuid of a cond -> the processed cond
         self.acting: Edits = ()
+        self.titles: Mapping[int, str] = {}  # id of an edit -> title of the method that brings it
         self.step: Step | None = None
         self.texts: Mapping[Any, list[dict]] = {}  # processed conds of the positive and of every branch of the run
         self.told = False
@@ -101,7 +103,7 @@ class Attention:
         model, rows = executor.class_obj.diffusion_model, len(x)
         if family(model) is None:
             raise GuidanceError(
-                f"{acting[0][0].title}: a node on this MODEL (Torch Compile Model?) puts another network "
+                f"{self.named(acting[0][0])}: a node on this MODEL (Torch Compile Model?) puts another network "
                 f"({type(model).__name__}) in the place of its own while it runs, and Rudder cannot reach the "
                 "attention in it. Remove that node."
             )
@@ -110,17 +112,17 @@ class Attention:
         samples = len(x) // len(roles)
         if samples != len(self.step.x):
             raise GuidanceError(
-                f"{acting[0][0].title}: another node on this MODEL hands the model {len(x)} rows where the sampler has "
-                f"{len(roles)} times {len(self.step.x)}, so Rudder cannot tell whose they are. Remove that node (a "
-                "model wrapper that splits or extends the batch)."
+                f"{self.named(acting[0][0])}: another node on this MODEL hands the model {len(x)} rows where the "
+                f"sampler has {len(roles)} times {len(self.step.x)}, so Rudder cannot tell whose they are. Remove that "
+                "node (a model wrapper that splits or extends the batch)."
             )
         for who in dict.fromkeys(who for edit, _ in acting for who in edit.company):
             if not any(role and role[0] == who for role in roles) and (more := self.beside(who, x, t, given, samples)):
                 (x, t, given), roles = more, [*roles, (who,)]
         options = given.get("transformer_options", {})
         lengths = [text_length(self.entries.get(uuid, {})) for uuid in options.get("uuids", ())]
-        now = Pass(family(model).start(model, x), roles, acting, self.step, tuple(x.shape[2:]), samples, lengths,
-                   self.texts)
+        now = Pass(family(model).start(model, x), roles, acting, self.named, self.step, tuple(x.shape[2:]), samples,
+                   lengths, self.texts)
         given["transformer_options"] = {**options, OVERRIDE: override(now, options.get(OVERRIDE))}
         args = [*(given.pop(name) for name in NAMES[:len(args)]), *args[len(NAMES):]]
         handles = [handle for tap in self.taps[id(model)] for handle in tapped(tap, now)]
@@ -165,6 +167,9 @@ class Attention:
         }  # fmt: skip
         return torch.cat([x, x[:samples]]), torch.cat([t, t[:samples]]), out
 
+    def named(self, edit: AttentionEdit) -> str:
+        return self.titles.get(id(edit), edit.title)
+
     def check_met(self, edit: AttentionEdit, now: Pass, sites: Sequence[Site]) -> None:
         """An edit that has never met a site in this run is an error; some that it missed are told once a run."""
         wanted = [site for site in sites if edit.acts_at(site)]
@@ -174,16 +179,16 @@ class Attention:
             return  # a step cache (EasyCache) answered for the network: what it remembers was edited
         if len(missed) == len(wanted):
             raise GuidanceError(
-                f"{edit.title}: the attention of '{edit.blocks or 'all blocks'}' did not run through the host, so it "
-                "could not act. Another node on this MODEL replaces it (an attention replacement, a skipped layer): "
-                "remove that node or choose other blocks. Or the model is run bit by bit with a memory of its own "
-                "(autoregressive video): use another sampler."
+                f"{self.named(edit)}: the attention of '{edit.blocks or 'all blocks'}' did not run through the host, "
+                "so it could not act. Another node on this MODEL replaces it (an attention replacement, a skipped "
+                "layer): remove that node or choose other blocks. Or the model is run bit by bit with a memory of its "
+                "own (autoregressive video): use another sampler."
             )
         self.acted.add(kind)
         if missed and not self.told:
             self.told = True
             log.warning("Rudder: %s: another node on this MODEL replaces or skips %s, where it could not act.",
-                        edit.title, ", ".join(missed))
+                        self.named(edit), ", ".join(missed))
 
 
 def each(change: Callable[[Tensor], Tensor], value: Any) -> Any:
@@ -273,7 +278,7 @@ def edited(
     kernel."""
     samples = now.samples
     if not len(q) == len(k) == len(v) == samples * len(now.roles):
-        raise off_grid(acting[0][0], site)
+        raise off_grid(now.named(acting[0][0]), site)
     full = with_layout(site, now.layout, q, k, kernel)
     parts: dict[int, Tensor] = {}
     for edits, chunks in grouped(now, acting, site):
@@ -288,6 +293,8 @@ def edited(
             call = Call(*map(kernel.split, rows), full, *who, part_mask, rope, now.latent, to_text=to_text)
             if mapped(edits) and site.kind == "cross":
                 call = shortened(call, now.lengths[chunks[0]])
+            if call.site.grid is None and (needs := [edit for edit in edits if edit.needs_grid]):
+                raise off_grid(now.named(needs[0]), call.site)
             out = kernel.join_output(through(edits, call, kernel))
         parts.update(zip(chunks, out.split(samples)))
     for edit, on in acting:
@@ -343,9 +350,9 @@ def shortened(call: Call, length: int | None) -> Call:
     return dataclasses.replace(call, k=call.k[:, :, :length], v=call.v[:, :, :length], mask=mask, site=site)
 
 
-def off_grid(edit: AttentionEdit, site: Site) -> GuidanceError:
+def off_grid(title: str, site: Site) -> GuidanceError:
     return GuidanceError(
-        f"{edit.title}: the image tokens of '{site.name}' are not on a grid: another node merges or tiles them (Token "
+        f"{title}: the image tokens of '{site.name}' are not on a grid: another node merges or tiles them (Token "
         "Merging, HyperTile). Remove that node, or choose blocks that it leaves alone."
     )
 
@@ -365,8 +372,6 @@ def residual(now: Pass, site: Site, h: Tensor) -> Tensor:
 def through(edits: Sequence[AttentionEdit], call: Call, kernel: Kernel) -> Tensor:
     """``[R, heads, tokens, D]`` after all stages of the contract."""
     for edit in edits:
-        if edit.needs_grid and call.site.grid is None:
-            raise off_grid(edit, call.site)
         call = edit.inputs(call)
     maps = [edit for edit in edits if overrides(edit, "map")]
 

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from ..guidance.contract import (
     Branch,
-    Edits,
     GuidanceError,
     Plan,
     Predictions,
@@ -137,10 +136,6 @@ def lineage(branch: Branch) -> tuple[Branch | str, ...]:
     if not isinstance(branch, Variant):
         return (branch,)
     return (branch, branch.of) if isinstance(branch.of, str) else (branch, *lineage(branch.of))
-
-
-def edits_of(plan: Plan, step: Step) -> Edits:
-    return [pair for method in plan for pair in method.edits(step)]
 
 
 def keeps_uncond(plan: Plan, options: dict) -> bool:
@@ -344,14 +339,18 @@ class Run:
         for method in plan:
             sources.update(method.sources(step))
         step.player = sources.get("cond")
-        extra = list(dict.fromkeys(b for method in plan for b in method.branches(step) if b != sources.get("cond")))
+        wanted = [(method.title, b) for method in plan for b in method.branches(step) if b != sources.get("cond")]
+        extra = list(dict.fromkeys(branch for _, branch in wanted))
         own = (guider.conds["positive"], guider.conds.get("negative"))
         roles = [guider.conds[self.keys[sources[r]]] if r in sources else entries for r, entries in zip(ROLES, own)]
         fill = [entries if sources.get(r) in self.partial else None for r, entries in zip(ROLES, own)]
         self.attention.step = step
         self.attention.texts = {"cond": roles[0]} | {b: guider.conds[key] for b, key in self.keys.items()}
+        own_edits = [(method.title, edit, on) for method in plan for edit, on in method.edits(step)]
+        of_branches = [(title, edit, (b,)) for title, b in wanted if isinstance(b, Variant) for edit in b.edits]
+        self.attention.titles = {id(edit): title for title, edit, _ in (*own_edits, *of_branches)}
         self.attention.acting = [
-            *edits_of(plan, step),
+            *((edit, on) for _, edit, on in own_edits),
             *((edit, (branch,)) for branch in extra if isinstance(branch, Variant) for edit in branch.edits),
         ]
         asked_elsewhere = dict(zip(ROLES, zip(roles, fill)))
