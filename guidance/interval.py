@@ -14,6 +14,11 @@ from dataclasses import dataclass
 
 from .contract import Guidance, GuidanceError, Setup, Step
 
+log = logging.getLogger("rudder")
+
+OTHER_LEVELS = ("Flow models (SD3, Flux, Wan) count sigma from 1 to 0, there the paper's interval is about 0.22 to "
+                "0.84; start_percent and end_percent mean the same on every model.")
+
 
 def interval_weight(sigma: float, low: float, high: float, weight: float) -> float:
     """The guidance weight at noise level ``sigma``: ``weight`` in (low, high], else 1."""
@@ -54,19 +59,22 @@ class LimitedInterval(Guidance):
         self.advise(setup.steps)
 
     def advise(self, steps: Sequence[Step]) -> None:
-        """Tell the user of limits that cut off no step of this run: those of another model, most often."""
+        """Tell the user of limits that cut off no step of this run, or all: those of another model, most often."""
         inside = [self.scale(step, 2.0) != 1.0 for step in steps]
-        if not steps or not any(inside):
+        if not steps:
+            return
+        levels = f"whose steps have noise levels from {steps[0].level:.4g} to {steps[-1].level:.4g}"
+        if not any(inside):
+            log.warning("Rudder: %s: no step of this run, %s, lies in it, so nothing is guided. %s", self.title, levels,
+                        OTHER_LEVELS)
             return
         idle = [f"sigma_high {self.sigma_high:g}"] if inside[0] and math.isfinite(self.sigma_high) else []
         idle += [f"sigma_low {self.sigma_low:g}"] if inside[-1] and self.sigma_low > 0 else []
         if idle or all(inside):
-            logging.getLogger("rudder").warning(
-                "Rudder: %s: %s in this run, whose steps have noise levels from %.4g to %.4g.%s Flow models (SD3, "
-                "Flux, Wan) count sigma from 1 to 0, there the paper's interval is about 0.22 to 0.84; start_percent "
-                "and end_percent mean the same on every model.",
-                self.title, f"{' and '.join(idle)} cut off no step" if idle else "every step is inside",
-                steps[0].level, steps[-1].level, " All are guided: the node changes nothing." if all(inside) else "",
+            log.warning(
+                "Rudder: %s: %s in this run, %s.%s %s",
+                self.title, f"{' and '.join(idle)} cut off no step" if idle else "every step is inside", levels,
+                " All are guided: the node changes nothing." if all(inside) else "", OTHER_LEVELS,
             )
 
     def scale(self, step: Step, weight: float) -> float:

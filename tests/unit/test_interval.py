@@ -93,7 +93,7 @@ def test_a_run_without_guidance_is_refused():
     with pytest.raises(GuidanceError, match="cfg is 1.*Raise cfg"):
         LimitedInterval().check(setup(cfg=1.0))
     LimitedInterval().check(setup(cfg=1.0, weights=[1.0, 5.0]))  # Guidance Weight (CFG) on the same model
-    LimitedInterval(sigma_low=99, sigma_high=100).check(setup(cfg=7.0, weights=[1.0] * 4))  # gated everywhere: as asked
+    LimitedInterval(sigma_low=99, sigma_high=100).check(setup(cfg=7.0, weights=[1.0] * 4))  # said, not refused
 
 
 # ---------------------------------------------------------------- limits that cut off nothing
@@ -104,6 +104,7 @@ IDLE = {  # the levels of the run are 1.0, 0.9 ... 0.1
     "none given": ({}, ["every step is inside in this run", "from 1 to 0.1", WHOLE]),
     "of another model": ({"sigma_low": 0.28, "sigma_high": 5.42}, ["sigma_high 5.42 cut off no step", "0.22 to 0.84"]),
     "too low": ({"sigma_low": 0.05, "sigma_high": 0.84}, ["sigma_low 0.05 cut off no step"]),
+    "no step": ({"sigma_low": 1.5, "sigma_high": 5.0}, ["no step of this run", "from 1 to 0.1", "nothing is guided"]),
     "both": ({"sigma_low": 0.05, "sigma_high": 5.0}, ["sigma_high 5 and sigma_low 0.05 cut off no step", WHOLE]),
 }
 
@@ -120,10 +121,10 @@ def test_limits_that_cut_off_no_step_are_announced(caplog, case):
 
 @pytest.mark.parametrize(
     "limits", [{"sigma_low": 0.28, "sigma_high": 0.84}, {"sigma_low": 0.28, "sigma_high": 5.42, "first": 0.2},
-               {"last": 0.8}, {"sigma_low": 99, "sigma_high": 100}]
+               {"last": 0.8}]
 )
 def test_limits_that_cut_are_not(caplog, limits):
-    """Percents do what the idle sigma_high would, and an interval without a step is one that somebody wrote."""
+    """Percents do what the idle sigma_high would."""
     with caplog.at_level(logging.WARNING, "rudder"):
         LimitedInterval(**limits).check(setup())
     assert not caplog.messages
