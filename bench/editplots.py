@@ -71,6 +71,7 @@ def cases(found: dict[str, list[Made]], which: str, pictures: Callable[[Made], n
     return figure
 
 
-def all_plots(sheets: dict[str, Figure | None], rows: list[dict]) -> dict[str, Callable]:
+def all_plots(sheets: dict[str, Figure | None], rows: list[dict]) -> dict[str, Callable | None]:
+    """``Table.plots``."""
     figures = {"trade": trade(rows)} | sheets
-    return {name: partial(figure.savefig, dpi=110) for name, figure in figures.items() if figure}
+    return {name: figure and partial(figure.savefig, dpi=110) for name, figure in figures.items()}
