@@ -51,8 +51,8 @@ class Kept:
     def older(self, name: str, code: str) -> list[str]:
         """A sentence about rows of ``name`` that other code than ``code`` has painted, for the notes of a table."""
         old = sorted({row["commit"] for row in self.rows.values() if row["code"] != code})
-        return [f"{name}: rows painted at earlier commits ({', '.join(old)}); their methods' code is the same, and "
-                "`--check` looks again."] if old else []
+        return [f"{name}: rows painted at earlier commits ({', '.join(old)}); their methods' files are the same, or "
+                "gave the same pictures; `--check` looks again."] if old else []
 
     def save(self) -> None:
         if self.writes:

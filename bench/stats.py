@@ -61,11 +61,15 @@ def mean_interval(
 def share_interval(marks: Sequence[float], clusters: Sequence, rng: np.random.Generator, **options) -> Interval:
     """The mean of marks that are 0 or 1, as :func:`mean_interval`. Where all of them agree a bootstrap has no width;
     there it is the exact interval (Clopper & Pearson 1934) of as many independent marks as there are clusters."""
-    found = mean_interval(marks, clusters, rng, **options)
-    if 0 < found.value < 1:
+    return _reaching(mean_interval(marks, clusters, rng, **options), clusters, 0.0, **options)
+
+
+def _reaching(found: Interval, clusters: Sequence, lowest: float, level: float = 0.95, **options) -> Interval:
+    """An interval of marks ``lowest`` .. 1, with the exact width where a bootstrap has none."""
+    if found.low < found.high:
         return found
-    reach = 1 - ((1 - options.get("level", 0.95)) / 2) ** (1 / len(set(clusters)))
-    return Interval(found.value, max(found.value - reach, 0.0), min(found.value + reach, 1.0))
+    reach = 1 - ((1 - level) / 2) ** (1 / len(set(clusters)))
+    return Interval(found.value, max(found.value - reach, lowest), min(found.value + reach, 1.0))
 
 
 def of_means(
@@ -107,5 +111,8 @@ def difference(
     values: Sequence[float], others: Sequence[float], clusters: Sequence, rng: np.random.Generator, **options,
 ) -> Interval:
     """How far ``values`` lie above ``others`` on average. Both are of the same pictures (prompts and seeds) in the same
-    order, so what the pictures share cancels. Options as :func:`mean_interval`."""
-    return mean_interval(np.asarray(values, dtype=float) - np.asarray(others, dtype=float), clusters, rng, **options)
+    order, so what the pictures share cancels. Options as :func:`mean_interval`. Marks that are 0 or 1 and differ alike
+    in all pictures get the width of :func:`share_interval`."""
+    a, b = np.asarray(values, dtype=float), np.asarray(others, dtype=float)
+    found = mean_interval(a - b, clusters, rng, **options)
+    return _reaching(found, clusters, -1.0, **options) if np.isin([a, b], (0, 1)).all() else found

@@ -86,3 +86,12 @@ def test_marks_that_all_agree_still_have_a_width():
     mixed = [1.0, 0.0] * 11
     assert share_interval(mixed, range(22), np.random.default_rng(8)) == mean_interval(
         mixed, range(22), np.random.default_rng(8))
+
+
+def test_marks_that_never_differ_leave_room_for_pictures_that_were_not_painted():
+    rng, ones, none = np.random.default_rng(9), [1.0] * 22, [0.0] * 22
+    same, worse = (difference(marks, ones, range(22), rng) for marks in (ones, none))
+    assert same.value == 0 and same.high == -same.low == pytest.approx(0.1544, abs=1e-4)
+    assert (worse.value, worse.low) == (-1.0, -1.0) and worse.high == pytest.approx(-0.8456, abs=1e-4)
+    further = difference([2.5] * 22, [2.0] * 22, range(22), rng)  # no marks
+    assert (further.low, further.high) == (0.5, 0.5)
