@@ -126,7 +126,8 @@ def rotate(tokens: Tensor, rope: Tensor) -> Tensor:
     """Turn the pairs of the last dimension by the 2x2 matrices of ``rope``; they are rotations: the transpose undoes.
     """
     pairs = tokens.float().unflatten(-1, (-1, 1, 2))
-    return (rope.to(pairs) * pairs).sum(-1).flatten(-2).to(tokens.dtype)
+    rope = rope.to(pairs)
+    return (rope[..., 0] * pairs[..., 0] + rope[..., 1] * pairs[..., 1]).flatten(-2).to(tokens.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

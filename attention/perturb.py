@@ -43,19 +43,20 @@ class Identity(AttentionEdit):
         return out
 
 
+def smoothing(side: int, sigma: float, span: float, device: torch.device) -> Tensor:
+    """The blur of :func:`gaussian` along one side as a matrix ``[side, side]``: a product with it is several times
+    faster than a convolution of one channel."""
+    reach = min(math.ceil(2 * span * sigma) // 2, side // 2)
+    weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=device) / sigma) ** 2)
+    cells = F.pad(torch.eye(side, device=device)[:, None], (reach, reach), mode="reflect")
+    return F.conv1d(cells, (weights / weights.sum())[None, None])[:, 0].T
+
+
 def gaussian(planes: Tensor, sigma: float, span: float = 3.0) -> Tensor:
     """``planes`` ``[..., H, W]``, blurred over H and W with a Gaussian of ``sigma`` cells that is cut off at ``span``
-    sigma, and at half of a side. A constant stays what it is."""
-    shape = planes.shape
-    planes = planes.float().reshape(-1, 1, *shape[-2:])
-    for dim in (2, 3):
-        reach = min(math.ceil(2 * span * sigma) // 2, planes.shape[dim] // 2)
-        weights = torch.arange(-reach, reach + 1, device=planes.device, dtype=planes.dtype)
-        weights = torch.exp(-0.5 * (weights / sigma) ** 2)
-        kernel = (weights / weights.sum()).view((1, 1, -1, 1) if dim == 2 else (1, 1, 1, -1))
-        pad = (0, 0, reach, reach) if dim == 2 else (reach, reach, 0, 0)
-        planes = F.conv2d(F.pad(planes, pad, mode="reflect"), kernel)
-    return planes.reshape(shape)
+    sigma, and at half of a side; the border is reflected. A constant stays what it is."""
+    down, across = (smoothing(side, sigma, span, planes.device) for side in planes.shape[-2:])
+    return down @ planes.float() @ across.T
 
 
 def blur(tokens: Tensor, grid: tuple[int, int, int], sigma: float) -> Tensor:
