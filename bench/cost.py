@@ -9,6 +9,7 @@ Nodes of ComfyUI that do what one of ours does are rows of the same run.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -78,6 +79,7 @@ AIM = 1.03
 EDIT_AIM = 1.10  # of what edits a source's batch
 WEIGHT = 7.0
 INTERVAL = (0.28, 5.42)
+LEAST = 2  # repeats, however little time there is
 SAME = 1e-5  # of the largest number: rounding
 LAST = 0.04  # the noise level of a run's last step is below
 PROMPTS = {"positive": "a spiky red circle", "negative": "", "anchor": "a spiky red shape"}
@@ -335,10 +337,11 @@ def typical(pairs: Pairs, which: int) -> float:
 
 
 def measure(
-    model: Any, conds: Conds, words: Words, batch: int, steps: int, repeats: int, size: int
+    model: Any, conds: Conds, words: Words, batch: int, steps: int, repeats: int, size: int, until: float = math.inf
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """The rows of one model and batch size, and why rows of ComfyUI are missing. Repeats go round the rows, so that a
-    slow minute hits them all. The batch of an edit has two rows at least: a source and an edit."""
+    slow minute hits them all; after LEAST of them none begins later than ``until``. The batch of an edit has two rows
+    at least: a source and an edit."""
     joint = any(site.kind == "joint" for site in sites_of(model.model.diffusion_model))
     positive, edit = words(max(batch, 2))
     runs = {}  # what is sampled for each row: MODEL, prompts, batch, steps, side of the latent
@@ -350,7 +353,9 @@ def measure(
     sigmas = levels(model, steps)[:-1]
     evaluations = {row: counted(*run, row.sampler) for row, run in runs.items()}  # and warms up
     pairs: dict[Row, Pairs] = {row: [] for row in runs}
-    for _ in range(repeats):
+    for repeat in range(repeats):
+        if repeat >= LEAST and time.monotonic() >= until:
+            break
         for row, run in runs.items():
             pairs[row] += timed(*run, evaluations[row], row.after, row.sampler)
     table = []
@@ -403,9 +408,12 @@ def main(options: Options) -> Table:
         models = [(file.stem, *demo_model(file)) for file in files(options.models)]
         size, steps, repeats, batches = 16, *((4, 1, (1,)) if options.quick else (12, 6, (8, 1)))
     rows, missing = [], {}
+    parts = len(models) * len(batches)
     for name, model, conds, words in models:
         for batch in batches:
-            table, why = measure(model, conds, words, batch, steps, repeats, size)
+            now = time.monotonic()
+            until, parts = now + (options.until - now) / parts, parts - 1
+            table, why = measure(model, conds, words, batch, steps, repeats, size, until)
             rows += [{"model": name} | row for row in table]
             missing |= {f"{row} on {name}": reason for row, reason in why.items()}
     wrong = ", ".join(f"{row['method']} ({row['model']})" for row in rows if not row["as_predicted"])
@@ -425,7 +433,8 @@ def main(options: Options) -> Table:
         },
         rows,
         [
-            f"{size}x{size} latents, euler, {steps} steps, cfg {WEIGHT:g}, {repeats} repeats.",
+            f"{size}x{size} latents, euler, {steps} steps, cfg {WEIGHT:g}, {steps - 1} pairs a repeat, "
+            f"{repeats} repeats where there was time.",
             "Ratio: a step over one batched evaluation of as many conds by ComfyUI itself, right after it; what a step "
             "asks one after another is so in the reference too. A source and its edits are one batch, of at least two.",
             f"Aim: every row of ours at batch {max(batches)} at most {AIM}, of a source and its edits {EDIT_AIM}: "

@@ -617,6 +617,13 @@ def test_the_reference_of_cost_is_without_our_edits(monkeypatch):
     assert alone and len(calls) == 2 * alone
 
 
+def test_cost_repeats_as_often_as_there_is_time_and_twice_at_least(monkeypatch):
+    monkeypatch.setattr(cost, "ROWS", [row for row in cost.ROWS if row.name == "KSampler alone (CFG)"])
+    for until, repeats in ((0.0, cost.LEAST), (math.inf, 4)):
+        [row], _ = cost.measure(*cost.random_model(cost.TINY), 1, 3, 4, 8, until)
+        assert row["pairs"] == 2 * repeats
+
+
 def test_comparisons_of_cost_are_undecided_where_a_quarter_of_the_steps_meets_the_aim():
     [row, *_] = [row for row in cost.ROWS if row.own and row.like]
     def said(*quartiles: float) -> str:
