@@ -98,7 +98,7 @@ class PromptToPrompt(Guidance):
             raise GuidanceError(f"{self.title}: where the words of this text encoder are is not known. It is known for "
                                 "CLIP and T5; load the text encoder that belongs to the checkpoint.")
         weighed = any(weight != 1 for _, weight in self.words)
-        if "joint" in kinds and not self.self_end and not weighed:
+        if "joint" in kinds and self.words_end and not self.self_end and not weighed:
             raise GuidanceError(f"{self.title}: text and image attend together in this model, so there is no attention "
                                 "to words to take over. Raise self_end (0.2 is usual), or give words a weight.")
         words = {"cross_end": self.words_end} if "cross" in kinds or weighed else {}
