@@ -48,11 +48,15 @@ def sample_cfg_pp(model: Any, x: Tensor, sigmas: Tensor, extra_args: dict, callb
     predict = AtWeight(model, extra_args, method.title)
     model_sampling = guider.model_patcher.get_model_object("model_sampling")
     levels = sigmas.tolist()
-    out = method.sample(
-        lambda x, sigma, weight: predict(x, sigma, beside_one(weight)), x, levels, parametrisation_of(model_sampling),
-        noise_of(x, extra_args.get("seed"), getattr(model_sampling, "noise_scale", 1.0)),
-        reporter(sigmas, callback, disable),
-    )  # fmt: skip
+    try:
+        out = method.sample(
+            lambda x, sigma, weight: predict(x, sigma, beside_one(weight)), x, levels,
+            parametrisation_of(model_sampling),
+            noise_of(x, extra_args.get("seed"), getattr(model_sampling, "noise_scale", 1.0)),
+            reporter(sigmas, callback, disable),
+        )  # fmt: skip
+    finally:
+        predict.close()
     if predict.weights:  # a run without steps has none
         log.info(
             "Rudder: %s: lambda %g was a guidance weight of %.2f to %.2f; the sampler's cfg (%g) does not count",
@@ -97,6 +101,10 @@ class AtWeight:
         self.arguments = {**extra_args, "model_options": options}
         self.weights: list[float] = []
         self.seen: dict | None = None
+
+    def close(self) -> None:
+        """The options lead back here: the ring would hold the MODEL after the run, a leak to the host."""
+        self.arguments, self.seen = {}, None
 
     def remember(self, args: dict) -> Tensor:
         """Post-CFG function, the last in the row."""
@@ -193,7 +201,10 @@ def sample_w2sd(model: Any, x: Tensor, sigmas: Tensor, extra_args: dict, callbac
             "reflect. Lower weak_cfg (official: 1 with cfg 5.5), or wire a weak_guider."
         )
     at = AtWeight(model, extra_args, method.title)
-    return solve(strong, ahead(guider, lambda x, sigma: at(x, sigma, method.weak_cfg)[0]))
+    try:
+        return solve(strong, ahead(guider, lambda x, sigma: at(x, sigma, method.weak_cfg)[0]))
+    finally:
+        at.close()
 
 
 def denoiser(model: Any, extra_args: dict) -> Denoiser:

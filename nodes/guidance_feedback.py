@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -441,9 +442,12 @@ def pictures_in(folder: str, size: int) -> Iterator[torch.Tensor]:
         ValueError: there is no such folder, or no picture in it.
     """
     root = Path(folder_paths.get_input_directory()).resolve()
-    place = root / folder.strip()
-    if "\0" in folder or not place.is_dir() or root not in (place.resolve(), *place.resolve().parents):
-        raise ValueError(f"'folder': there is no folder '{folder}' in {root}.")
+    missing = ValueError(f"'folder': there is no folder '{folder}' in {root}.")
+    if "\0" in folder:
+        raise missing
+    place = Path(os.path.abspath(root / folder.strip()))  # a place outside is not even asked whether it is there
+    if not place.is_relative_to(root) or not place.is_dir() or not place.resolve().is_relative_to(root):
+        raise missing
     files = [file for file in sorted(place.iterdir()) if file.suffix.lower() in PICTURES]
     if not files:
         raise ValueError(f"'folder': {place} holds no picture ({', '.join(sorted(PICTURES))}).")

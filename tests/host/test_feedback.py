@@ -400,6 +400,12 @@ def test_training_on_a_folder_of_pictures(monkeypatch, tmp_path, models_folder):
             trained(demo, name="other", **inputs)
     with pytest.raises(ValueError, match="is no file name"):
         trained(demo, name="")
+    asked, is_dir = [], Path.is_dir
+    monkeypatch.setattr(Path, "is_dir", lambda self: asked.append(self) or is_dir(self))
+    for outside in ("/net/evil/share", "../..", "shapes/../../other"):
+        with pytest.raises(ValueError, match="no folder"):
+            trained(demo, name="other", vae=vae, folder=outside)
+    assert not [place for place in asked if "evil" in str(place) or place in (*tmp_path.parents, tmp_path.parent)]
 
 
 def test_what_cannot_be_trained_on_is_named(model, kind, models_folder):

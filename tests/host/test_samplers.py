@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import dataclass
 
 import comfy.hooks
@@ -508,3 +510,18 @@ def test_the_w2sd_node():
     close(sampled(unet, sampler), sampled(unet, w2sd(W2SD(weak_cfg=2.0))), rtol=1e-4, atol=1e-4)
     with pytest.raises(GuidanceError, match="start 0.8 and end 0.2"):
         RudderW2SD.execute(weak_cfg=1.0, start_percent=0.8, end_percent=0.2)
+
+
+@pytest.mark.parametrize("sampler", [ours(), w2sd(W2SD(weak_cfg=1.0), None)], ids=["CFG++", "W2SD"])
+def test_our_samplers_leave_no_ring_of_references_to_the_model(kind, sampler):
+    model = MODELS[kind]()
+    gone, collecting = weakref.ref(model), gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        sampled(model, sampler, kind)
+        del model
+        assert gone() is None
+    finally:
+        if collecting:
+            gc.enable()
