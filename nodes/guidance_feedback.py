@@ -106,6 +106,8 @@ class RudderFitLinearAG(io.ComfyNode):
                 raise ValueError(f"{file}: {error}. Choose another 'name', or set 'overwrite'.") from error
         if plan_of(model.model_options):
             raise ValueError("'model' carries Rudder methods. Fit on the MODEL before them: with plain guidance.")
+        if file:
+            store.prepare(file)
         first, products, progress = None, 0.0, comfy.utils.ProgressBar(runs)
         for run in range(runs):
             comfy.model_management.throw_exception_if_processing_interrupted()
@@ -376,6 +378,7 @@ class RudderTrainTimePredictor(io.ComfyNode):
         file = store.target("time", name)
         if file.is_file() and not overwrite:
             return io.NodeOutput(opened(file))
+        store.prepare(file)
         latent_format = model.get_model_object("latent_format")
         clean = clean_latents(latent_format.latent_channels, latents, images, folder, size, vae)
         data = latent_format.process_in(clean)

@@ -39,6 +39,22 @@ def target(kind: str, name: str) -> Path:
     return folder(kind) / (plain + SUFFIX)
 
 
+def prepare(file: Path) -> None:
+    """Find out before the work whether its result can be saved.
+
+    Raises:
+        ValueError: it cannot; names the file and why.
+    """
+    part = file.with_suffix(".part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part.touch()
+        part.unlink()
+    except OSError as error:
+        raise ValueError(f"'name': {file} could not be written ({error}). Free that folder, or choose another name."
+                         ) from error
+
+
 def save(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Written whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -50,9 +50,10 @@ def labels_input() -> io.String.Input:
 
 def behind(node: str, start: str, prompt: dict) -> bool:
     """Whether a node gets what ``start`` makes, over any number of links of the prompt. What a node made while the
-    prompt ran (a loop's round: its id has a dot) counts as long as its maker is there."""
-    if "." in node or "." in start or not start:
-        return node.split(".")[0] in prompt
+    prompt ran (a loop's round: its id has a dot, and is not in the prompt) counts as long as its maker is there."""
+    made = any("." in one and one not in prompt for one in (node, start))
+    if made or not start:
+        return node in prompt or node.split(".")[0] in prompt
     seen, todo = set(), [node] if node in prompt else []
     while todo:
         here = todo.pop()

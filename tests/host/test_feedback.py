@@ -33,7 +33,7 @@ from rudder.host import add_guidance, plan_of
 from rudder.host.collect import predictions
 from rudder.host.demo import MODELS, load_demo
 from rudder.host.score import ClipScorer, decoder, preview
-from rudder.nodes import store
+from rudder.nodes import guidance_feedback, store
 from rudder.nodes.guidance_feedback import (
     RudderCLIPScorer,
     RudderDynamicCFG,
@@ -458,6 +458,16 @@ def test_what_is_read_is_in_one_order(saved):
     store.save(saved, {name: torch.zeros(1) for name in reversed(names)}, {})
     for _ in range(3):
         assert [*store.load(saved)] == sorted(names)
+
+
+def test_what_cannot_be_saved_is_said_before_the_work(model, kind, models_folder, monkeypatch):
+    models_folder.write_text("a file where the folder should be")
+    monkeypatch.setattr(guidance_feedback, "train", lambda *given, **more: pytest.fail("trained for nothing"))
+    monkeypatch.setattr(guidance_feedback, "predictions", lambda *given: pytest.fail("sampled for nothing"))
+    with pytest.raises(ValueError, match="'name': .*mine.safetensors could not be written"):
+        trained(model, latents={"samples": latent(kind, 16)})
+    with pytest.raises(ValueError, match="'name': .*mine.safetensors could not be written"):
+        fitted(model, kind, name="mine")
 
 
 def test_a_file_that_is_in_use_can_be_replaced_on_windows_too(saved):

@@ -271,6 +271,9 @@ def test_a_sampler_that_left_its_trace_leaves_the_plot():
     with pytest.raises(ValueError, match="holds no run"):
         recorded(Recorder(runs={"5": run}, node="2"), prompt)
     assert call(RudderTrace, unique_id="2", model=tiny_unet())[1].node == "2"
+    named = {"my.trace": {"inputs": {}}, "my.sampler": {"inputs": {"model": ["my.trace", 0]}}, "x.y": {"inputs": {}}}
+    recorder = Recorder(runs={node: dict(run) for node in ("my.sampler", "x.y")}, node="my.trace")
+    assert len(recorded(recorder, named)) == 1, "a prompt may name its nodes with dots"
 
 
 def a_run(cfg: float, *methods: str) -> dict:
