@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import folder_paths
@@ -40,12 +41,12 @@ def target(kind: str, name: str) -> Path:
 
 
 def prepare(file: Path) -> None:
-    """Find out before the work whether its result can be saved.
+    """Find out before the work whether its result can be saved; nothing stays behind.
 
     Raises:
         ValueError: it cannot; names the file and why.
     """
-    part = file.with_suffix(".part")
+    part, made = file.with_suffix(".part"), [place for place in file.parents if not place.exists()]
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         part.touch()
@@ -53,6 +54,10 @@ def prepare(file: Path) -> None:
     except OSError as error:
         raise ValueError(f"'name': {file} could not be written ({error}). Free that folder, or choose another name."
                          ) from error
+    finally:
+        for place in made:  # the deepest first
+            with suppress(OSError):
+                place.rmdir()
 
 
 def save(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
