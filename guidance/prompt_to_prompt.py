@@ -62,7 +62,7 @@ class PromptToPrompt(Guidance):
             if not WEIGHTS[0] <= weight <= WEIGHTS[1]:
                 raise GuidanceError(f"{self.title}: the weight of '{word}' is {weight:g}; it must be from -2 to 2, 1 "
                                     "changes nothing.")
-        if not self.words_end and any(weight != 1 for _, weight in self.words):
+        if not self.words_end and self.weighed:
             raise GuidanceError(f"{self.title}: words have weights and cross_end is 0, so they would not act. Raise "
                                 "cross_end (0.8 is usual): it is until when weights count, on every model.")
         check_words(self.title, self.edit, [w for w, _ in (*self.words, *self.ends)], range(1, self.edit.rows))
@@ -71,6 +71,11 @@ class PromptToPrompt(Guidance):
     def words_end(self) -> float:
         """Until when any word is edited."""
         return max([self.cross_end, *(end for _, end in self.ends)])
+
+    @property
+    def weighed(self) -> bool:
+        """Whether a word is made stronger or weaker."""
+        return any(weight != 1 for _, weight in self.words)
 
     @cached_property
     def operations(self) -> list[Operation | None]:
@@ -97,11 +102,10 @@ class PromptToPrompt(Guidance):
         if "cross" in kinds and self.cross_end and not self.edit.layouts[0]:
             raise GuidanceError(f"{self.title}: where the words of this text encoder are is not known. It is known for "
                                 "CLIP and T5; load the text encoder that belongs to the checkpoint.")
-        weighed = any(weight != 1 for _, weight in self.words)
-        if "joint" in kinds and self.words_end and not self.self_end and not weighed:
+        if "joint" in kinds and self.words_end and not self.self_end and not self.weighed:
             raise GuidanceError(f"{self.title}: text and image attend together in this model, so there is no attention "
                                 "to words to take over. Raise self_end (0.2 is usual), or give words a weight.")
-        words = {"cross_end": self.words_end} if "cross" in kinds or weighed else {}
+        words = {"cross_end": self.words_end} if "cross" in kinds or self.weighed else {}
         check_reached(self.title, setup, self.start, self.end, **words, self_end=self.self_end)
 
     def edits(self, step: Step) -> Edits:
