@@ -731,12 +731,14 @@ def test_the_expectations_are_computed_from_what_was_seen():
     prompts, rng = [f"prompt {k % 64}" for k in range(256)], np.random.default_rng(0)
     features = rng.standard_normal((256, 4))
 
-    def made(saturation: float, spread: float, evaluations: float) -> guidance.Seen:
-        shade = np.full(256, saturation)
+    def made(saturation: float, spread: float, evaluations: float, wrong: int = 1) -> guidance.Seen:
+        """One picture is wrong, and CFG's is another than the methods': marks that never differ have a wide interval
+        (test_stats), and "equal accuracy" would not be decided."""
+        right, shade = (np.arange(256) != wrong).astype(float), np.full(256, saturation)
         spreads = diversities(spread * features, prompts)
-        return guidance.Seen(prompts, np.ones(256), shade, spreads, np.ones(9), evaluations)
+        return guidance.Seen(prompts, right, shade, spreads, np.ones(9), evaluations)
 
-    seen = {("m", "cfg", cfg): made(0.3, 1.0, 50.0) for cfg in (7.5, 15.0)}
+    seen = {("m", "cfg", cfg): made(0.3, 1.0, 50.0, wrong=0) for cfg in (7.5, 15.0)}
     seen |= {("m", key, 15.0): made(0.25, 1.0, 50.0) for key in guidance.SATURATION}
     seen |= {("m", "interval", 7.5): made(0.3, 1.5, 40.0), ("m", "adaptive", 7.5): made(0.3, 1.0, 45.0)}
     found = guidance.Found(seen, dict.fromkeys(prompts, 0.2), {})
