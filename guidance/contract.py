@@ -73,11 +73,12 @@ def check_finite(title: str, name: str, value: float, hint: str) -> None:
 @dataclass(frozen=True, eq=False)
 class Prompt:
     """A conditioning as a branch of the step. Equal when it wraps the same object, so shared anchors cost once.
-    ``negative``: it says what is not wanted."""
+    ``negative``: it says what is not wanted; ``bare``: it is meant to lack what else the positive shows the model."""
 
     conditioning: Any
     name: str
     negative: bool = field(default=False, repr=False)
+    bare: bool = field(default=False, repr=False)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Prompt) and self.conditioning is other.conditioning
@@ -237,8 +238,9 @@ class Setup:
     """What is known when sampling starts, before the model is evaluated.
 
     ``weights`` are the guidance weights of the steps after the ``scale`` stage. ``likeness`` tells what a prompt is
-    the same as: "positive", "negative", "empty" (all zeros) or None. ``sites`` are where the model attends. ``steps``
-    are those of the run, each with an empty ``x``.
+    the same as: "positive", "negative", "empty" (all zeros) or None; ``limits``, in words, what holds it to parts of
+    the picture or of the run. ``sites`` are where the model attends. ``steps`` are those of the run, each with an
+    empty ``x``.
     ``features`` are the text features of the positive, ``[1 or rows, tokens, D]`` for each of its entries, and
     ``parts`` how many of those can share a forward pass (they act at once, on areas of one size).
     """
@@ -248,6 +250,7 @@ class Setup:
     has_negative: bool
     parametrisation: Parametrisation
     likeness: Callable[[Prompt], str | None] = lambda prompt: None
+    limits: Callable[[Prompt], Sequence[str]] = lambda prompt: ()
     sites: Sequence[Site] = ()
     steps: Sequence[Step] = ()
     features: Sequence[Tensor] = ()

@@ -57,6 +57,10 @@ class NAG(Guidance):
         return Variant(self.negative)
 
     def check(self, setup: Setup) -> None:
+        if not self.off and (limits := setup.limits(self.negative)):
+            raise GuidanceError(f"{self.title}: the negative has {' and '.join(limits)}, and inside attention only its "
+                                "text counts, everywhere and at full strength. Wire the prompt without; for a part of "
+                                "the run set start_percent and end_percent here, for less of it alpha.")
         if not self.off and setup.likeness(self.negative) == "positive":
             raise GuidanceError(f"{self.title}: the negative is identical to the positive, so nothing would change. "
                                 "Write what the picture should not show.")

@@ -21,6 +21,11 @@ from ..guidance.contract import Branch, GuidanceError, Mix, Prompt, Variant
 Conds = list[dict]
 TENSORS = {"cross_attn": "text features", "pooled_output": "pooled features"}
 IMAGES = {"concat_latent_image", "concat_mask", "concat_image", "reference_latents"}  # what shows a model an image
+SHOWN = dict.fromkeys(sorted(IMAGES), "an image") | {  # to the model, beside the text
+    "clip_vision_output": "an image (CLIP vision)", "unclip_conditioning": "an image (unCLIP)",
+    "control": "a ControlNet", "control_video": "a control video", "vace_frames": "frames (VACE)",
+    "pose_video_latent": "a pose video", "audio_embed": "audio", "guidance": "distilled guidance (FluxGuidance)",
+}
 PARTIAL = {"strength", "area", "mask", "start_percent", "end_percent", "clip_start_percent", "default"}
 
 
@@ -61,14 +66,16 @@ def same_prompt(a: Conds, b: Conds) -> bool:
 
 def _same_entry(a: dict, b: dict) -> bool:
     keys = (set(a) | set(b)) - {"model_conds", "uuid", "prompt_type"}
-    return all(_same_value(a.get(key), b.get(key)) for key in keys)
+    return all(same_value(a.get(key), b.get(key)) for key in keys)
 
 
-def _same_value(a: object, b: object) -> bool:
+def same_value(a: object, b: object) -> bool:
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return a is b or (a.shape == b.shape and torch.equal(a, b))
     if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(_same_value, a, b))
+        return len(a) == len(b) and all(map(same_value, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same_value(a[key], b[key]) for key in a)
     if isinstance(a, (bool, int, float, str, tuple)) and isinstance(b, (bool, int, float, str, tuple)):
         return a == b
     return a is b
@@ -141,6 +148,16 @@ def check_spread(name: str, conds: Conds, positive: Conds) -> None:
         )
 
 
+def lacking(conds: Conds, other: Conds) -> list[str]:
+    """What entries of ``other`` show the model beside the text, and no entry of ``conds`` does. (A ControlNet that
+    applies to all prompts is put on these by the host.)"""
+    def has(entry: dict, key: str) -> bool:
+        return entry.get(key) is not None
+
+    return sorted({said for key, said in SHOWN.items() if not any(has(c, key) for c in conds)
+                   and any(has(c, key) and not (key == "control" and c.get("control_apply_to_uncond")) for c in other)})
+
+
 def varied(variant: Variant, conds: Conds) -> Conds:
     """Copies without their image, or with the other model among those that the host loads for them."""
     out = [{**entry, "uuid": uuid.uuid4(), "model_conds": {}} for entry in conds]
@@ -168,7 +185,7 @@ def same_to_the_model(a: Conds, b: Conds) -> bool:
     """Whether the model makes the same of two processed conds, entry by entry."""
     return len(a) == len(b) and all(
         x["model_conds"].keys() == y["model_conds"].keys()
-        and all(_same_value(x["model_conds"][k].cond, y["model_conds"][k].cond) for k in x["model_conds"])
+        and all(same_value(x["model_conds"][k].cond, y["model_conds"][k].cond) for k in x["model_conds"])
         for x, y in zip(a, b)
     )
 
@@ -191,10 +208,28 @@ def is_partial(conds: Conds) -> bool:
     return not any(PARTIAL.isdisjoint(c) for c in conds)
 
 
+def range_of(entry: dict) -> tuple[float, float]:
+    """From when to when an unprocessed entry acts, in percent of the model's timesteps."""
+    return (max(entry.get("start_percent", 0.0), entry.get("clip_start_percent", 0.0)),
+            min(entry.get("end_percent", 1.0), entry.get("clip_end_percent", 1.0)))
+
+
+LIMITS: dict[str, Callable[[dict], bool]] = {
+    "an area": lambda entry: entry.get("area") is not None,
+    "a mask": lambda entry: entry.get("mask") is not None,
+    "a strength": lambda entry: entry.get("strength", 1.0) != 1.0,
+    "a timestep range": lambda entry: range_of(entry) != (0.0, 1.0),
+}
+
+
+def limits(conds: Conds) -> list[str]:
+    """What of ``LIMITS`` holds unprocessed entries to parts of the picture or of the run."""
+    return [what for what, holds in LIMITS.items() if any(map(holds, conds))]
+
+
 def lies_in(cond: dict, percent: float) -> bool:
     """Whether an unprocessed entry's range holds a share of the model's timesteps."""
-    start = max(cond.get("start_percent", 0.0), cond.get("clip_start_percent", 0.0))
-    end = min(cond.get("end_percent", 1.0), cond.get("clip_end_percent", 1.0))
+    start, end = range_of(cond)
     return start <= percent < end or percent >= end >= 1.0
 
 

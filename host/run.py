@@ -180,6 +180,9 @@ class Run:
             raise GuidanceError(f"{self.titles()}: the other model shares its weights with the sampler's model, and "
                                 "only one version can be loaded at a time. Load it with a loader node of its own.")
         self.check(guider, conds.likeness(guider.original_conds))
+        for branch, entries in branches.items():
+            if isinstance(branch, Prompt) and not branch.bare:
+                self.compare(branch, entries, guider)
         conds.join(guider, {self.keys[branch]: entries for branch, entries in branches.items()})
 
     def check(self, guider: samplers.CFGGuider, likeness: Callable) -> None:
@@ -198,6 +201,7 @@ class Run:
             has_negative=guider.conds.get("negative") is not None,
             parametrisation=self.parametrisation,
             likeness=likeness,
+            limits=lambda prompt: conds.limits(conds.converted(prompt)),
             sites=self.sites,
             steps=steps,
             features=[c["cross_attn"] for c in positive if c.get("cross_attn") is not None],
@@ -226,6 +230,16 @@ class Run:
             "Rudder: another node's CFG function (%s) replaces the CFG formula on this MODEL; Rudder's methods (%s) "
             "hand it their predictions and weight.", describe(foreign), self.titles(),
         )
+
+    def compare(self, prompt: Prompt, entries: list[dict], guider: samplers.CFGGuider) -> None:
+        """Say what a prompt lacks beside its role: then the difference of the two is that, more than the words."""
+        role = "negative" if prompt.negative and guider.conds.get("negative") else "positive"
+        if missing := conds.lacking(entries, guider.conds[role]):
+            log.warning(
+                "Rudder: the %s conditioning lacks what the sampler's %s shows the model beside its text: %s. So their "
+                "predictions differ by that too, often more than by the words. Send both through the same nodes.",
+                prompt.name, role, ", ".join(missing),
+            )
 
     def titles(self) -> str:
         return " + ".join(method.title for method in self.plan)

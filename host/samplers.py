@@ -27,10 +27,10 @@ from ..inversion.solver import Denoiser
 from ..inversion.w2sd import W2SD
 from .conds import frozen_schedules
 from .run import parametrisation_of, plan_of
+from .second import dressed_apart
 
 log = logging.getLogger("rudder")
 
-DRESS = ("object_patches", "injections", "weight_wrapper_patches")  # what a load puts on beside the patches of weights
 NOISE_SEED = 1  # added to the run's seed: the seed itself drew the noise that the run started from
 
 
@@ -285,7 +285,7 @@ def check_pair(guider: samplers.CFGGuider, other: samplers.CFGGuider, title: str
 def resident(patcher: Any, other: Any, predict: Denoiser) -> Denoiser:
     """``predict`` with the weights and patches that ``patcher`` wants, where ``other`` on the same model may have put
     its own."""
-    dressed = any(differ(getattr(patcher, kind, {}), getattr(other, kind, {})) for kind in DRESS)
+    dressed = dressed_apart(patcher, other)
 
     def on(x: Tensor, sigma: float) -> Tensor:
         model = patcher.model
@@ -296,12 +296,6 @@ def resident(patcher: Any, other: Any, predict: Denoiser) -> Denoiser:
         return predict(x, sigma)
 
     return on
-
-
-def differ(a: dict, b: dict) -> bool:
-    """Whether two of a patcher's dictionaries hold other objects."""
-    return a.keys() != b.keys() or any(
-        a[key] != b[key] if isinstance(a[key], list) else a[key] is not b[key] for key in a)
 
 
 class Inner(samplers.Sampler):

@@ -5,6 +5,7 @@ The host loads it in the same call as the sampler's own MODEL, because a conditi
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import comfy.model_patcher
@@ -14,10 +15,17 @@ import comfy.samplers as samplers
 from torch import Tensor
 
 from ..guidance.contract import GuidanceError
+from .conds import same_value
+
+log = logging.getLogger("rudder")
 
 Conds = list[dict]
 WHERE = {"area", "strength", "mask", "mask_strength", "set_area_to_bounds", "timestep_start", "timestep_end", "control",
          "uuid"}  # of an entry: where and when it acts, not what it says
+DRESS = ("object_patches", "injections", "weight_wrapper_patches")  # what a load puts on beside the patches of weights
+ASKED = (ext.WrappersMP.CALC_COND_BATCH, ext.WrappersMP.APPLY_MODEL, ext.WrappersMP.DIFFUSION_MODEL)
+STARTS = (ext.WrappersMP.OUTER_SAMPLE, ext.WrappersMP.SAMPLER_SAMPLE, ext.WrappersMP.PREPARE_SAMPLING)
+AROUND = ("rudder", "sampler_", "disable_cfg1_optimization", "denoise_mask_function")  # it; what the names begin with
 WIDTHS = {"context_dim": "text features", "context_in_dim": "text features", "adm_in_channels": "pooled features",
           "vec_in_dim": "pooled features"}
 
@@ -34,10 +42,11 @@ def companion(model: Any, other: Any, name: str) -> Any:
     check_pair(model, other, name)
     if other.model is not model.model:
         return other
-    if other.clone_has_same_weights(model) and other.model_options == model.model_options:
+    if alike(model, other):
         raise GuidanceError(
             f"The {name} is the same as the model, so there is no difference to guide by. Wire in a worse one: an "
-            "earlier or smaller checkpoint, or this one with a patch that weakens it (UNetSelfAttentionMultiply)."
+            "earlier or smaller checkpoint, or this one with a patch that weakens it (UNetSelfAttentionMultiply). It "
+            "is asked for its bare prediction: guidance nodes on it (PAG, RescaleCFG, CFG Override) do not count."
         )
     if other.cached_patcher_init is None:
         raise GuidanceError(
@@ -50,6 +59,33 @@ def companion(model: Any, other: Any, name: str) -> Any:
     copy = other.clone(model_override=(fresh[index[0]] if index else fresh).get_clone_model_override())
     copy.hook_backup = {}  # clones share it: the copy would put back the model's weights into its own, and forget them
     return copy
+
+
+def alike(model: Any, other: Any) -> bool:
+    """Whether two clones of one MODEL predict the same, each being asked as a second model is."""
+
+    def bare(patcher: Any) -> Any:
+        patcher = patcher.clone()
+        options = {name: v for name, v in patcher.model_options.items() if not name.startswith(AROUND)}
+        transformer = options.get("transformer_options", {})
+        patcher.wrappers, wrappers = ({kind: own.get(kind, {}) for kind in ASKED}
+                                      for own in (patcher.wrappers, transformer.get("wrappers", {})))
+        patcher.model_options = {**options, "transformer_options": {**transformer, "wrappers": wrappers}}
+        return patcher
+
+    a, b = bare(model), bare(other)
+    return (b.clone_has_same_weights(a) and same_value(a.model_options, b.model_options)
+            and not dressed_apart(model, other))
+
+
+def dressed_apart(model: Any, other: Any) -> bool:
+    """Whether loading two clones of one MODEL puts on other things beside the patches of weights."""
+
+    def differ(a: dict, b: dict) -> bool:
+        return a.keys() != b.keys() or any(
+            a[key] != b[key] if isinstance(a[key], list) else a[key] is not b[key] for key in a)
+
+    return any(differ(getattr(model, kind, {}), getattr(other, kind, {})) for kind in DRESS)
 
 
 def check_pair(model: Any, other: Any, name: str) -> None:
@@ -80,7 +116,8 @@ def told(entry: dict, conds: Conds) -> dict:
 
 
 class SecondModel:
-    """One run of a second MODEL. Its own patches and wrappers count; its functions around CFG do not."""
+    """One run of a second MODEL. Its own patches and wrappers of the network count. Its functions around CFG do not, nor
+    what prepares itself when sampling starts (EasyCache): the sampling is the first model's."""
 
     def __init__(self, patcher: Any) -> None:
         self.patcher = patcher
@@ -90,6 +127,13 @@ class SecondModel:
             ext.merge_nested_dicts(transformer.setdefault(name, {}), own, copy_dict1=False)
             ext.merge_nested_dicts(self.options.setdefault("to_load_options", {}).setdefault(name, {}),
                                    transformer[name], copy_dict1=False)
+        wrappers = transformer["wrappers"]
+        unprepared = {key for kind in STARTS for key in wrappers.get(kind, {})} - {None}
+        if idle := sorted(key for kind in ASKED for key in wrappers.get(kind, {}) if key in unprepared):
+            log.warning("Rudder: '%s' on the worse model does not act: it prepares itself when sampling starts, which "
+                        "a second model never does.", "', '".join(dict.fromkeys(idle)))
+        for kind in ASKED:
+            wrappers[kind] = {key: own for key, own in wrappers.get(kind, {}).items() if key not in unprepared}
 
     def begin(self, sigmas: Tensor) -> None:
         """After the host has loaded it."""

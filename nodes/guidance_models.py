@@ -134,7 +134,7 @@ class RudderInstruct(io.ComfyNode):
     @classmethod
     def execute(cls, model, image_scale, start_percent, end_percent, base=None) -> io.NodeOutput:
         window = {"start": start_percent, "end": end_percent}
-        given = Prompt(base, "base", negative=True) if base is not None else None
+        given = Prompt(base, "base", negative=True, bare=True) if base is not None else None
         return patched(model, InstructGuidance(weight=image_scale, base=given, **window))
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import logging
+
 import comfy.hooks
 import comfy.model_management
 import comfy.samplers
@@ -356,10 +359,37 @@ def test_models_that_do_not_fit_are_refused(model, kind):
         call(RudderAutoGuidance, model=model, bad_model=wired(MODELS[kind](), ANSWER()))
     with pytest.raises(GuidanceError, match="shares its weights"):
         sample(wired(model, AutoGuidance(bad=model.clone())), kind, POSITIVE, NEGATIVE)
+    for name in {"RescaleCFG", "PerturbedAttentionGuidance", "CFGOverride"} & set(FOREIGN):  # they act around the network
+        with pytest.raises(GuidanceError, match=r"the same as the model.*do not count"):
+            call(RudderAutoGuidance, model=model, bad_model=FOREIGN[name](model))
+    with pytest.raises(GuidanceError, match="the same as the model"):
+        call(RudderAutoGuidance, model=wired(model, ANSWER()), bad_model=model)
     patched = comfy.sd.load_lora_for_models(model, None, lora(model, 9), 0.3, 0.0)[0]
     patched.cached_patcher_init = None
     with pytest.raises(GuidanceError, match="no way to load them a second time"):
         call(RudderAutoGuidance, model=model, bad_model=patched)
+
+
+def test_a_copy_that_differs_in_the_network_is_taken(model, kind):
+    """By another pack's function around the network, or an object that a load puts in."""
+    shifted = model.clone()
+    shifted.add_object_patch("model_sampling", copy.deepcopy(model.get_model_object("model_sampling")))
+    for other in (FOREIGN["model_function_wrapper"](model), shifted):
+        [method] = plan_of(call(RudderAutoGuidance, model=model, bad_model=other)[0].model_options)
+        assert method.bad.model is not model.model
+        assert sample(wired(model, method), kind, POSITIVE, NEGATIVE, steps=2).isfinite().all()
+
+
+def test_a_step_cache_on_the_bad_model_rests_and_that_is_said(model, kind, bad, caplog):
+    """It prepares itself when sampling starts, and the second model is asked inside the first's sampling."""
+    cached = EasyCacheNode.execute(bad, 3.0, 0.0, 1.0, False).args[0]
+    plain = sample(wired(model, AutoGuidance(bad=bad)), kind, POSITIVE, NEGATIVE, steps=8)
+    with caplog.at_level(logging.WARNING, "rudder"):
+        run = sample(wired(model, AutoGuidance(bad=cached)), kind, POSITIVE, NEGATIVE, steps=8)
+    assert torch.equal(run, plain)
+    assert [record.getMessage()[:44] for record in caplog.records] == ["Rudder: 'easycache' on the worse model does "]
+    holder = cached.model_options["transformer_options"]["easycache"]
+    assert holder.x_prev_subsampled is None and not holder.uuid_cache_diffs
 
 
 # ---------------------------------------------------------------- without the image: InstructPix2Pix

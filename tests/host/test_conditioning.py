@@ -8,6 +8,7 @@ run that knows nothing of the anchor.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import comfy.controlnet
@@ -29,12 +30,13 @@ from rudder.guidance.negative import ExtraNegative
 from rudder.guidance.perpneg import PerpNeg
 from rudder.guidance.r2f import R2F
 from rudder.host import add_guidance, plan_of
-from rudder.host.conds import converted, mixed
+from rudder.host.conds import SHOWN, converted, mixed
 from rudder.nodes.guidance import RudderAAPB
+from rudder.nodes.guidance_models import RudderInstruct
 from rudder.nodes.guidance_more import RudderNegative, RudderPerpNeg
 from rudder.nodes.nag import RudderNAG
 
-from .models import calls, conditioning, evaluate, having, lora, sample, tiny_flux
+from .models import calls, conditioning, evaluate, having, latent, lora, sample, tiny_flux
 from .test_nodes import call
 
 WEIGHT = 4.0
@@ -191,6 +193,43 @@ def test_a_controlnet_that_applies_to_an_anchor_of_areas_alone_is_explained(mode
     with pytest.raises(GuidanceError, match=r"Every entry of the anchor conditioning has an area.*Apply ControlNet"):
         actual(model, kind, positive, NEGATIVE, anchor)
     assert actual(model, kind, positive, NEGATIVE, [*anchor, *ANCHOR]).isfinite().all()
+
+
+GIVEN = {
+    "control": lambda kind: Control(kind, 1), "guidance": lambda kind: 3.5, "concat_latent_image": latent,
+    "reference_latents": lambda kind: [latent(kind)],
+}
+
+
+@pytest.mark.parametrize("key", GIVEN)
+def test_a_prompt_that_lacks_the_positives_image_or_controlnet_is_reported(model, kind, key, caplog):
+    """Its prediction differs by that, and the method would take the difference for one of words."""
+    given = {key: GIVEN[key](kind)}
+    positive = having(POSITIVE, **given)
+
+    def told(method, *prompts) -> str:
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "rudder"):
+            sample(add_guidance(model, method), kind, *prompts, steps=1)
+        return caplog.text
+
+    anchored, pushed = AAPB(anchor=Prompt(ANCHOR, "anchor")), by_node("extra negative", model)
+    text = told(anchored, positive, NEGATIVE)
+    assert "the anchor conditioning lacks" in text and "sampler's positive" in text and SHOWN[key] in text
+    assert not told(AAPB(anchor=Prompt(having(ANCHOR, **given), "anchor")), positive, NEGATIVE)
+    assert not told(R2F(frequent=Prompt(ANCHOR, "frequent"), mode="blend"), positive, NEGATIVE), "keeps the positive's"
+    assert not told(pushed, positive, NEGATIVE), "what the negative does not show is meant"
+    assert "sampler's negative" in told(pushed, positive, having(NEGATIVE, **given))
+    if key == "control":
+        assert not told(anchored, having(positive, control_apply_to_uncond=True), NEGATIVE)
+
+
+def test_the_base_of_an_image_strength_is_meant_to_lack_the_image(model, kind, caplog):
+    image = {"concat_latent_image": latent(kind)}
+    [method] = plan_of(call(RudderInstruct, model=model, base=ANCHOR)[0].model_options)
+    with caplog.at_level(logging.WARNING, "rudder"):
+        sample(add_guidance(model, method), kind, having(POSITIVE, **image), having(NEGATIVE, **image), steps=1)
+    assert not caplog.text
 
 
 @pytest.mark.parametrize("name", ["NAG", "Perp-Neg", "extra negative", "AAPB"])

@@ -206,7 +206,21 @@ def test_only_plain_prompts():
     wide = [[torch.cat([AWAY[0][0]] * 2, -1), AWAY[0][1]]]
     with pytest.raises(GuidanceError, match="different text encoders"):
         run(tiny_unet(), "unet", method(wide))
-    assert run(tiny_unet(), "unet", method(having(AWAY, strength=0.5))).isfinite().all()
+
+
+LIMITED = {
+    "an area": {"area": (8, 4, 0, 0)}, "a mask": {"mask": torch.ones(1, 8, 8)}, "a strength": {"strength": 0.5},
+    "a timestep range": {"start_percent": 0.5},
+}
+
+
+@pytest.mark.parametrize("limit", LIMITED)
+def test_a_negative_for_a_part_is_refused(network, family, limit):
+    """Its text would act everywhere, always and at full strength."""
+    with pytest.raises(GuidanceError, match=f"the negative has {limit}, .*start_percent and end_percent here.*alpha"):
+        run(network, family, method(having(AWAY, **LIMITED[limit])))
+    ranges = {"start_percent": 0.0, "end_percent": 1.0, "clip_start_percent": 0.0, "clip_end_percent": 1.0}
+    assert torch.equal(run(network, family, method(having(AWAY, strength=1.0, **ranges))), run(network, family, method()))
 
 
 def test_a_window(network, family):
