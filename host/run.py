@@ -41,6 +41,7 @@ log = logging.getLogger("rudder")
 
 ROLES = ("cond", "uncond")
 KEY = "rudder"  # of the plan in a MODEL's options, and of the wrappers that a run installs
+AHEAD = "rudder_ahead"  # in the options of a call: it belongs to the step before the one of its noise level
 
 
 def plan_of(model_options: dict) -> Plan:
@@ -244,14 +245,14 @@ class Run:
     def titles(self) -> str:
         return " + ".join(method.title for method in self.plan)
 
-    def step(self, x: Tensor, sigma: Tensor, states: dict[int, dict]) -> Step:
+    def step(self, x: Tensor, sigma: Tensor, states: dict[int, dict], ahead: bool = False) -> Step:
         level = float(sigma.max())
         return Step(
             x=x,
             sigma=sigma,
             level=level,
             sigmas=self.sigmas,
-            index=step_index(self.sigmas, level),
+            index=max(step_index(self.sigmas, level) - ahead, 0),
             parametrisation=self.parametrisation,
             generator=self.generator,
             percent_to_sigma=self.percent_to_sigma,
@@ -323,7 +324,7 @@ class Run:
     ) -> Tensor:
         """PREDICT_NOISE wrapper: the plan in place of ``CFGGuider.predict_noise``. Returns the guided x0."""
         guider, options = executor.class_obj, model_options or {}
-        step = self.step(x, timestep, self.states)
+        step = self.step(x, timestep, self.states, options.get(AHEAD, False))
         plan = self.active(step)
         step.weight = self.weight(step, plan, float(guider.cfg))
         leaving = [rows for method in plan if (rows := method.left(step)) is not None]

@@ -26,7 +26,7 @@ from ..inversion.cfg_pp import CFGPP
 from ..inversion.solver import Denoiser
 from ..inversion.w2sd import W2SD
 from .conds import frozen_schedules
-from .run import parametrisation_of, plan_of
+from .run import AHEAD, parametrisation_of, plan_of
 from .second import dressed_apart
 
 log = logging.getLogger("rudder")
@@ -200,7 +200,7 @@ def sample_w2sd(model: Any, x: Tensor, sigmas: Tensor, extra_args: dict, callbac
             f"{method.title}: weak_cfg is {method.weak_cfg:g} and so is the sampler's cfg, so there is nothing to "
             "reflect. Lower weak_cfg (official: 1 with cfg 5.5), or wire a weak_guider."
         )
-    at = AtWeight(model, extra_args, method.title)
+    at = AtWeight(model, looking_ahead(extra_args), method.title)
     try:
         return solve(strong, ahead(guider, lambda x, sigma: at(x, sigma, method.weak_cfg)[0]))
     finally:
@@ -209,6 +209,12 @@ def sample_w2sd(model: Any, x: Tensor, sigmas: Tensor, extra_args: dict, callbac
 
 def denoiser(model: Any, extra_args: dict) -> Denoiser:
     return lambda x, sigma: model(x, x.new_full([len(x)], sigma), **extra_args)
+
+
+def looking_ahead(extra_args: dict) -> dict:
+    """Arguments of predictions at the next noise level that belong to this step: a plan does what it does there (R2F's
+    prompt, zero-init)."""
+    return {**extra_args, "model_options": {**extra_args["model_options"], AHEAD: True}}
 
 
 def ahead(guider: samplers.CFGGuider, weak: Denoiser) -> Denoiser:
@@ -309,5 +315,5 @@ class Inner(samplers.Sampler):
                disable_pbar=False) -> Tensor:  # fmt: skip
         there = samplers.KSamplerX0Inpaint(model_wrap, sigmas)
         there.latent_image, there.noise = self.model.latent_image, self.model.noise
-        self.result = self.solve(denoiser(there, {**extra_args, "denoise_mask": self.mask}))
+        self.result = self.solve(denoiser(there, looking_ahead({**extra_args, "denoise_mask": self.mask})))
         return self.result

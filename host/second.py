@@ -116,8 +116,8 @@ def told(entry: dict, conds: Conds) -> dict:
 
 
 class SecondModel:
-    """One run of a second MODEL. Its own patches and wrappers of the network count. Its functions around CFG do not, nor
-    what prepares itself when sampling starts (EasyCache): the sampling is the first model's."""
+    """One run of a second MODEL. Its own patches and wrappers of the network count. Its functions around CFG do not,
+    nor what prepares itself when sampling starts (EasyCache): the sampling is the first model's."""
 
     def __init__(self, patcher: Any) -> None:
         self.patcher = patcher

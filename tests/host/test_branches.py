@@ -359,7 +359,7 @@ def test_models_that_do_not_fit_are_refused(model, kind):
         call(RudderAutoGuidance, model=model, bad_model=wired(MODELS[kind](), ANSWER()))
     with pytest.raises(GuidanceError, match="shares its weights"):
         sample(wired(model, AutoGuidance(bad=model.clone())), kind, POSITIVE, NEGATIVE)
-    for name in {"RescaleCFG", "PerturbedAttentionGuidance", "CFGOverride"} & set(FOREIGN):  # they act around the network
+    for name in {"RescaleCFG", "PerturbedAttentionGuidance", "CFGOverride"} & {*FOREIGN}:  # around the network
         with pytest.raises(GuidanceError, match=r"the same as the model.*do not count"):
             call(RudderAutoGuidance, model=model, bad_model=FOREIGN[name](model))
     with pytest.raises(GuidanceError, match="the same as the model"):

@@ -220,7 +220,8 @@ def test_a_negative_for_a_part_is_refused(network, family, limit):
     with pytest.raises(GuidanceError, match=f"the negative has {limit}, .*start_percent and end_percent here.*alpha"):
         run(network, family, method(having(AWAY, **LIMITED[limit])))
     ranges = {"start_percent": 0.0, "end_percent": 1.0, "clip_start_percent": 0.0, "clip_end_percent": 1.0}
-    assert torch.equal(run(network, family, method(having(AWAY, strength=1.0, **ranges))), run(network, family, method()))
+    whole = method(having(AWAY, strength=1.0, **ranges))
+    assert torch.equal(run(network, family, whole), run(network, family, method()))
 
 
 def test_a_window(network, family):

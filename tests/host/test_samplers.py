@@ -17,6 +17,7 @@ import torch
 from comfy.conds import CONDConstant
 
 from rudder.guidance.autoguidance import AutoGuidance
+from rudder.guidance.cfg_zero import CFGZero
 from rudder.guidance.contract import Guidance, GuidanceError, Step
 from rudder.guidance.trace import Recorder, Trace
 from rudder.host import add_guidance
@@ -414,6 +415,41 @@ def test_the_weak_side_does_not_move_scheduled_hooks_on(model, kind, own_guider)
                                      {"samples": latent(kind)})
         found.append(strengths)
     assert found[0] == found[1] and set(found[0].values()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("own_guider", [False, True])
+def test_the_weak_side_belongs_to_the_step_that_it_reflects(model, kind, own_guider):
+    """What goes by steps (R2F's turns, zero-init) is the same forth and back."""
+    seen = []
+
+    class Watch(Guidance):
+        def finish(self, step, x0):
+            seen.append((step.index, round(step.level, 4)))
+            return x0
+
+    watched, sigmas = add_guidance(model, Watch()), [round(level, 4) for level in levels(model).tolist()]
+    sampled(watched, w2sd(W2SD(), guider_of(watched, 1.0) if own_guider else None), kind)
+    expected = [(i, sigmas[k]) for i in range(STEPS - 1) for k in (i, i + 1, i)]
+    assert seen == [*expected, (STEPS - 1, sigmas[STEPS - 1])]
+
+
+@pytest.mark.parametrize("own_guider", [False, True])
+def test_zero_init_holds_both_sides_of_a_reflection(own_guider):
+    """In the first step nothing moves, neither forth nor back."""
+    model, found = MODELS["flux"](), []
+
+    class Watch(Guidance):
+        rank = 99
+
+        def finish(self, step, x0):
+            found.append((step.index, step.x, x0))
+            return x0
+
+    for method in (CFGZero(zero_steps=1), Watch()):
+        model = add_guidance(model, method)
+    sampled(model, w2sd(W2SD(), guider_of(model, 2.0) if own_guider else None), "flux")
+    first = [(x, x0) for index, x, x0 in found if index == 0]
+    assert len(first) == 3 and all(torch.equal(x, first[0][0]) and torch.equal(x, x0) for x, x0 in first)
 
 
 def test_equal_sides_are_almost_euler(model, kind):
