@@ -8,6 +8,7 @@ other packs) does so at that weight, as it would under the same weights with any
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import math
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from ..inversion.solver import Denoiser
 from ..inversion.w2sd import W2SD
 from .conds import frozen_schedules
 from .run import AHEAD, parametrisation_of, plan_of
-from .second import dressed_apart
+from .second import dressed_apart, loaded_apart, seconds_of
 
 log = logging.getLogger("rudder")
 
@@ -279,6 +280,14 @@ def check_pair(guider: samplers.CFGGuider, other: samplers.CFGGuider, title: str
             f"{title}: the weak_guider's MODEL ({kinds[1]}) does not share the latents of the sampler's ({kinds[0]}). "
             "Use two models of one family, such as SD1.5 and a fine-tune of it."
         )
+    seconds = [seconds_of(plan_of(g.model_options)) for g in (guider, other)]
+    for second, one in [*((s, m) for m in models for both in seconds for s in both), *itertools.product(*seconds)]:
+        if loaded_apart(second, one):
+            raise GuidanceError(
+                f"{title}: the worse model of AutoGuidance shares its weights with another MODEL of this run and "
+                "patches them differently, and only one version can be loaded at a time. Load it with a loader node of "
+                "its own."
+            )
     shapes = [c["model_conds"]["latent_shapes"].cond for c in guider.conds["positive"]
               if "latent_shapes" in c.get("model_conds", {})]
     if shapes and len(shapes[0]) > 1:

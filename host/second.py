@@ -6,6 +6,7 @@ The host loads it in the same call as the sampler's own MODEL, because a conditi
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import comfy.model_patcher
@@ -14,7 +15,7 @@ import comfy.patcher_extension as ext
 import comfy.samplers as samplers
 from torch import Tensor
 
-from ..guidance.contract import GuidanceError
+from ..guidance.contract import Guidance, GuidanceError
 from .conds import same_value
 
 log = logging.getLogger("rudder")
@@ -76,6 +77,19 @@ def alike(model: Any, other: Any) -> bool:
     a, b = bare(model), bare(other)
     return (b.clone_has_same_weights(a) and same_value(a.model_options, b.model_options)
             and not dressed_apart(model, other))
+
+
+def seconds_of(plan: Iterable[Guidance]) -> list[Any]:
+    """The second models that a plan asks."""
+    branches = [branch for method in plan for branch in method.prompts()]
+    return [branch.model for branch in branches if getattr(branch, "model", None) is not None]
+
+
+def loaded_apart(model: Any, other: Any) -> bool:
+    """Whether two clones of one MODEL cannot be loaded at once: they patch its weights, or what is beside them, in
+    different ways."""
+    weights = model.patches_uuid != other.patches_uuid and bool(model.patches or other.patches)
+    return model.model is other.model and (weights or dressed_apart(model, other))
 
 
 def dressed_apart(model: Any, other: Any) -> bool:

@@ -520,6 +520,14 @@ def test_pairs_that_cannot_reflect_are_refused(model, kind):
     spread.set_additional_models("multigpu", [clone])
     with pytest.raises(GuidanceError, match="spread over several GPUs"):
         check_pair(guider_of(spread), guider_of(model), "W2SD")
+    base = MODELS[kind]()
+    bad = add_guidance(model, AutoGuidance(bad=with_lora(base, 1.0)))
+    with pytest.raises(GuidanceError, match="the worse model of AutoGuidance shares its weights"):
+        sampled(bad, w2sd(W2SD(), guider_of(with_lora(base, -1.5))), kind)
+    with pytest.raises(GuidanceError, match="the worse model of AutoGuidance shares its weights"):
+        sampled(bad, w2sd(W2SD(), guider_of(add_guidance(model, AutoGuidance(bad=base)))), kind)
+    both = add_guidance(model, AutoGuidance(bad=base))
+    assert sampled(both, w2sd(W2SD(), guider_of(base)), kind).isfinite().all(), "one version serves both"
     guider = guider_of(model, 4.0)
     with pytest.raises(GuidanceError, match="the sampler's own guider"):
         advanced(guider, w2sd(W2SD(), guider), kind, model)
