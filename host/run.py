@@ -388,6 +388,7 @@ class Run:
             if branch not in others:
                 others[branch] = self.call_second(guider.conds[self.keys[asked[branch]]], branch, step)
 
+        step.plain = Predictions(out[0], out[1])  # attention that is read is the step's own, not of what others ask here
         for function in options.get("sampler_pre_cfg_function", []):
             out = function(
                 {"conds": roles, "conds_out": out, "cond_scale": step.weight, "timestep": step.sigma, "input": step.x,

@@ -314,6 +314,20 @@ def test_a_unet_without_a_middle_block_is_told_to_name_one():
         check_edit("SAG", SelfAttentionGuidance().reader, sites, network)
 
 
+def test_sag_reads_the_steps_own_attention(family, network):
+    """Not that of what another pack asks the model for before CFG, at a latent of its own."""
+    def ask(args: dict) -> list:
+        comfy.samplers.calc_cond_batch(
+            args["model"], args["conds"], args["input"].flip(-1) + 1, args["timestep"], args["model_options"])
+        return args["conds_out"]
+
+    asking = network.clone()
+    asking.set_model_sampler_pre_cfg_function(ask)
+    method = SelfAttentionGuidance(sigma=1.0)
+    counted, seen = calls(asking)
+    assert torch.equal(run(counted, family, method), run(network, family, method)) and len(seen["batching"]) > 2 * STEPS
+
+
 def test_sag_reads_one_block(family, network):
     blocks = {"unet": "output", "sd3": "joint"}.get(family, "double, single")
     with pytest.raises(GuidanceError, match=r"it reads the map of one block, and .* names \d: .*Write one of them"):
