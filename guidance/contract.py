@@ -237,12 +237,12 @@ class Step:
 class Setup:
     """What is known when sampling starts, before the model is evaluated.
 
-    ``weights`` are the guidance weights of the steps after the ``scale`` stage. ``likeness`` tells what a prompt is
-    the same as: "positive", "negative", "empty" (all zeros) or None; ``limits``, in words, what holds it to parts of
-    the picture or of the run. ``sites`` are where the model attends. ``steps`` are those of the run, each with an
-    empty ``x``.
-    ``features`` are the text features of the positive, ``[1 or rows, tokens, D]`` for each of its entries, and
-    ``parts`` how many of those can share a forward pass (they act at once, on areas of one size).
+    ``weights`` are the guidance weights of the steps after the ``scale`` stage; ``overridden`` tells whether another
+    node may set them yet. ``likeness`` tells what a prompt is the same as: "positive", "negative", "empty" (all zeros)
+    or None; ``limits``, in words, what holds it to parts of the picture or of the run. ``sites`` are where the model
+    attends. ``steps`` are those of the run, each with an empty ``x``. ``features`` are the text features of the
+    positive, ``[1 or rows, tokens, D]`` for each of its entries, and ``parts`` how many of those can share a forward
+    pass (they act at once, on areas of one size).
     """
 
     cfg: float
@@ -255,11 +255,12 @@ class Setup:
     steps: Sequence[Step] = ()
     features: Sequence[Tensor] = ()
     parts: int = 1
+    overridden: bool = False
 
     @property
     def guided(self) -> bool:
-        """Whether any step of the run has classifier-free guidance."""
-        return self.has_negative and any(weight != 1.0 for weight in self.weights)
+        """Whether any step of the run has, or may have, classifier-free guidance."""
+        return self.has_negative and (self.overridden or any(weight != 1.0 for weight in self.weights))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..guidance.contract import (
     Branch,
+    Guidance,
     GuidanceError,
     Plan,
     Predictions,
@@ -53,9 +54,9 @@ def sample(executor: Callable, noise: Tensor, latent_image: Tensor, sampler: Any
     """OUTER_SAMPLE wrapper: check, bring in the extra conditionings, sample, clean up. Signature of the host's."""
     guider: samplers.CFGGuider = executor.class_obj
     plan = plan_of(guider.model_options)
-    if not plan:
+    if not plan or len(sigmas) < 2:  # no steps: what a second sampler gets where the first takes all
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-    check_inputs(guider, noise, latent_image, sigmas)
+    check_inputs(guider, noise, latent_image)
     seed = args[3] if len(args) > 3 else kwargs.get("seed")
     own_conds, own_patcher = guider.conds, guider.model_patcher
     try:
@@ -78,8 +79,8 @@ def sample(executor: Callable, noise: Tensor, latent_image: Tensor, sampler: Any
     return out
 
 
-def check_inputs(guider: samplers.CFGGuider, noise: Tensor, latent_image: Tensor, sigmas: Tensor) -> None:
-    """Refuse what would fail late or silently: other guiders, NaN, no steps."""
+def check_inputs(guider: samplers.CFGGuider, noise: Tensor, latent_image: Tensor) -> None:
+    """Refuse what would fail late or silently: other guiders, NaN."""
     if type(guider).predict_noise is not samplers.CFGGuider.predict_noise:
         raise GuidanceError(
             f"The guider '{type(guider).__name__}' combines predictions itself, so Rudder's guidance nodes on this "
@@ -92,8 +93,6 @@ def check_inputs(guider: samplers.CFGGuider, noise: Tensor, latent_image: Tensor
                 "that made it: a VAE Encode that overflows in half precision (start ComfyUI with --fp32-vae), or a "
                 "broken file."
             )
-    if len(sigmas) < 2:
-        raise GuidanceError("The sampler got no step: its sigmas hold fewer than two values. Use steps of at least 1.")
 
 
 def parametrisation_of(model_sampling: Any) -> Parametrisation:
@@ -165,6 +164,8 @@ class Run:
         self.recorders = [method.recorder for method in plan if isinstance(method, Trace)]
         self.records: list[dict[str, Any]] = []
         self.evaluations = self.calls = 0
+        self.hopeful: list[str] = []  # what needs guidance that another node may yet set
+        self.guided = False
         self.attention = Attention()
         self.cfg = float(guider.cfg)
         self.sites = sites_of(guider.model_patcher.model.diffusion_model)
@@ -217,7 +218,7 @@ class Run:
                     f"{method.title}: none of the {len(steps)} steps lies between start {method.start:g} and end "
                     f"{method.end:g}, so it could not act. Widen the window or use more steps."
                 )
-            method.check(setup)
+            self.ask(method, setup, guider)
         foreign = guider.model_options.get("sampler_cfg_function")
         if foreign is None:
             return
@@ -231,6 +232,16 @@ class Run:
             "Rudder: another node's CFG function (%s) replaces the CFG formula on this MODEL; Rudder's methods (%s) "
             "hand it their predictions and weight.", describe(foreign), self.titles(),
         )
+
+    def ask(self, method: Guidance, setup: Setup, guider: samplers.CFGGuider) -> None:
+        """``method.check``; a node that wraps predictions (CFG Override) may yet raise the weight of a step."""
+        try:
+            method.check(setup)
+        except GuidanceError:
+            if not ext.get_all_wrappers(ext.WrappersMP.PREDICT_NOISE, guider.model_options, is_model_options=True):
+                raise
+            method.check(dataclasses.replace(setup, overridden=True))
+            self.hopeful.append(method.title)
 
     def compare(self, prompt: Prompt, entries: list[dict], guider: samplers.CFGGuider) -> None:
         """Say what a prompt lacks beside its role: then the difference of the two is that, more than the words."""
@@ -327,6 +338,7 @@ class Run:
         step = self.step(x, timestep, self.states, options.get(AHEAD, False))
         plan = self.active(step)
         step.weight = self.weight(step, plan, float(guider.cfg))
+        self.guided |= not math.isclose(step.weight, 1.0)
         leaving = [rows for method in plan if (rows := method.left(step)) is not None]
         step.left = torch.stack(leaving).any(0) if leaving else None
         for method in plan:
@@ -388,7 +400,7 @@ class Run:
             if branch not in others:
                 others[branch] = self.call_second(guider.conds[self.keys[asked[branch]]], branch, step)
 
-        step.plain = Predictions(out[0], out[1])  # attention that is read is the step's own, not of what others ask here
+        step.plain = Predictions(out[0], out[1])  # what others ask from here on is not the step's own
         for function in options.get("sampler_pre_cfg_function", []):
             out = function(
                 {"conds": roles, "conds_out": out, "cond_scale": step.weight, "timestep": step.sigma, "input": step.x,
@@ -511,6 +523,11 @@ class Run:
         """Report the cost, and hand the records to the trace nodes."""
         count, calls = self.evaluations, self.calls
         each = count / max(calls, 1)
+        if self.hopeful and not self.guided:
+            log.warning(
+                "Rudder: %s: the weight was 1 at every step of this run, so it changed nothing. Set cfg above 1 in the "
+                "sampler, or in the node that sets it.", " + ".join(self.hopeful),
+            )
         log.info("Rudder: %s: %d model evaluations in %d calls (%.2f each)", self.titles(), count, calls, each)
         run = {
             "methods": [method.title for method in self.plan if not isinstance(method, Trace)],

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+
+import comfy.patcher_extension
 import pytest
 import torch
 
@@ -111,25 +114,57 @@ def test_refused_when_sampling_starts(model, kind, case):
     assert torch.equal(sample(model, kind, POSITIVE, NEGATIVE), reference)
 
 
+@pytest.mark.parametrize("method", ["AAPB", "interval"])
+def test_guidance_that_another_node_may_set_is_not_refused(model, kind, method, caplog):
+    """ComfyUI's CFG Override raises the weight when the step comes; where it does not, the run says so."""
+    def overriding(weight: float):
+        def wrapper(executor, *args):
+            guider = executor.class_obj
+            own, guider.cfg = guider.cfg, weight
+            try:
+                return executor(*args)
+            finally:
+                guider.cfg = own
+
+        out = model.clone()
+        out.add_wrapper(comfy.patcher_extension.WrappersMP.PREDICT_NOISE, wrapper)
+        return add_guidance(out, anchored(ANCHOR) if method == "AAPB" else LimitedInterval(last=0.9))
+
+    with caplog.at_level(logging.WARNING, "rudder"):
+        run = sample(overriding(4.0), kind, POSITIVE, NEGATIVE, cfg=1.0)
+        assert not caplog.text
+        assert torch.equal(run, sample(overriding(4.0), kind, POSITIVE, NEGATIVE, cfg=4.0))
+        assert torch.equal(sample(overriding(1.0), kind, POSITIVE, NEGATIVE, cfg=1.0),
+                           sample(model, kind, POSITIVE, NEGATIVE, cfg=1.0))
+    assert "the weight was 1 at every step of this run" in caplog.text
+
+
 NAN = torch.full((1, 1, 8, 8), float("nan"))
 INPUTS = {
     "NaN in the latent": ({"image": NAN}, ["latent_image", "NaN", "VAE Encode", "--fp32-vae"]),
     "infinite latent": ({"image": NAN.nan_to_num(float("inf"))}, ["latent_image", "infinite"]),
     "NaN in the noise": ({"noise": NAN}, ["noise", "NaN"]),
-    "one sigma": ({"sigmas": torch.tensor([1.0])}, ["no step", "fewer than two", "steps"]),
 }
 
 
 @pytest.mark.parametrize("case", INPUTS)
 def test_bad_tensors(model, kind, case):
     options, words = INPUTS[case]
-    options = {name: t.expand(latent(kind).shape).clone() if name != "sigmas" else t for name, t in options.items()}
+    options = {name: t.expand(latent(kind).shape).clone() for name, t in options.items()}
     patched = add_guidance(model, anchored(ANCHOR))
     reference = sample(patched, kind, POSITIVE, NEGATIVE)
     with pytest.raises(GuidanceError) as error:
         sample(patched, kind, POSITIVE, NEGATIVE, **options)
     assert all(word in str(error.value) for word in words), error.value
     assert torch.equal(sample(patched, kind, POSITIVE, NEGATIVE), reference)
+
+
+@pytest.mark.parametrize("sigmas", [[], [0.5]])
+def test_a_sampler_without_steps_does_what_the_host_does(model, kind, sigmas):
+    """What SplitSigmasDenoise leaves to one of two samplers when the other takes all."""
+    options = {"sigmas": torch.tensor(sigmas), "image": torch.ones_like(latent(kind))}
+    run = sample(add_guidance(model, anchored(ANCHOR)), kind, POSITIVE, NEGATIVE, **options)
+    assert torch.equal(run, sample(model, kind, POSITIVE, NEGATIVE, **options))
 
 
 VALUES = {
