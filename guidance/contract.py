@@ -204,7 +204,7 @@ class Step:
         return self.index / max(self.steps - 1, 1)
 
     def state(self, owner: Guidance) -> dict:
-        """A dictionary of ``owner`` that is born with the run and dies with it."""
+        """A dictionary of ``owner`` that is born with the run and dies with it, or when a sampler changes the size."""
         return self.states.setdefault(id(owner), {})
 
     def within(self, start: float, end: float) -> bool:

@@ -158,6 +158,7 @@ class Run:
         self.generator = torch.Generator().manual_seed(seed or 0)
         self.inputs = {"seed": seed, "latent_shapes": latent_shapes}
         self.states: dict[int, dict] = {}
+        self.shape: torch.Size | None = None  # of the sampler's tensor
         model_sampling = guider.model_patcher.get_model_object("model_sampling")
         self.parametrisation = parametrisation_of(model_sampling)
         self.percent_to_sigma = functools.cache(model_sampling.percent_to_sigma)  # reads the device at every call
@@ -335,6 +336,9 @@ class Run:
     ) -> Tensor:
         """PREDICT_NOISE wrapper: the plan in place of ``CFGGuider.predict_noise``. Returns the guided x0."""
         guider, options = executor.class_obj, model_options or {}
+        if self.shape not in (None, x.shape):
+            self.states.clear()  # a sampler that enlarges on the way: what methods remember is of another size
+        self.shape = x.shape
         step = self.step(x, timestep, self.states, options.get(AHEAD, False))
         plan = self.active(step)
         step.weight = self.weight(step, plan, float(guider.cfg))

@@ -15,6 +15,7 @@ import comfy_extras.nodes_custom_sampler as custom
 import pytest
 import torch
 from comfy.conds import CONDConstant
+from comfy_extras.nodes_advanced_samplers import SamplerLCMUpscale
 
 from rudder.guidance.autoguidance import AutoGuidance
 from rudder.guidance.cfg_zero import CFGZero
@@ -276,6 +277,14 @@ def test_a_run_without_steps_gives_the_latent_back(model, kind):
 def test_flipped_sigmas_are_refused(model, kind):
     with pytest.raises(GuidanceError, match="sigmas must fall"):
         sampled(model, ours(), kind, sigmas=levels(model).flip(0)[1:])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_sampler_that_enlarges_the_latent_on_the_way(model, kind, name):
+    """What a method remembers (APG's average, LinearAG's past) is of another size."""
+    [sampler] = SamplerLCMUpscale.execute(2.0, 2, "nearest-exact").args
+    run = sampled(add_guidance(model, fitted(name, model)), sampler, kind)
+    assert run.shape[-2:] == (16, 16) and run.isfinite().all()
 
 
 # ------------------------------------------------------------------------------------------------- W2SD
