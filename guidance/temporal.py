@@ -66,6 +66,8 @@ class TemporalTAG(Guidance):
         return x + state["shift"]
 
     def finish(self, step: Step, x0: torch.Tensor) -> torch.Tensor:
+        if step.level == 0:  # a look at the clean picture, of which the sampler goes nowhere (autoregressive video)
+            return x0
         r = step.sigma_next / step.level
         away = math.copysign(max(abs(1 - r), 0.001), 1 - r)  # below 0 in a run towards noise
         return x0 + r / away * step.state(self)["shift"]

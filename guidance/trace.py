@@ -54,6 +54,7 @@ QUANTITIES = {
 @dataclass(eq=False)
 class Recorder:
     """Runs by the sampler node that made them: ``{"methods", "cfg", "evaluations", "steps": [{...}, ...], ...}``.
+    A node that samples a list of inputs makes a run of each: the first is by its id, the others by ``id#1``, ``id#2``.
 
     A step holds ``index``, ``sigma`` and the :data:`QUANTITIES` that applied, one number or one for each sample.
     ``name`` is what the user calls these runs, ``node`` the trace node.
@@ -62,6 +63,17 @@ class Recorder:
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
     name: str = ""
     node: str = ""
+
+    def keep(self, run: dict[str, Any], node: str, place: int) -> None:
+        """A run in the place of the node's last; ``place`` is that of its inputs in the list of them."""
+        if place == 0:
+            self.runs = {key: kept for key, kept in self.runs.items() if maker(key) != node}
+        self.runs[f"{node}#{place}" if place else node] = run
+
+
+def maker(key: str) -> str:
+    """The node of a run's key."""
+    return key.split("#")[0]
 
 
 @dataclass(frozen=True, kw_only=True)

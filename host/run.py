@@ -541,12 +541,13 @@ class Run:
             "steps": self.records,
         }
         for recorder in self.recorders:
-            recorder.runs[executing_node()] = run
+            recorder.keep(run, *executing_node())
 
 
-def executing_node() -> str:
-    """The id of the sampler node that is running, so that its next run replaces its last one."""
+def executing_node() -> tuple[str, int]:
+    """The id of the sampler node that is running, so that its next run replaces its last one, and the place in the list
+    of its inputs."""
     from comfy_execution.utils import get_executing_context
 
     context = get_executing_context()
-    return context.node_id if context else ""
+    return (context.node_id, context.list_index or 0) if context else ("", 0)

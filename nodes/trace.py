@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from comfy_api.latest import io
 
-from ..guidance.trace import QUANTITIES, Recorder, Trace, label, labelled
+from ..guidance.trace import QUANTITIES, Recorder, Trace, label, labelled, maker
 from ..host import add_guidance
 from .chart import line_charts
 from .guidance import CATEGORY, model_input, model_output
@@ -75,15 +75,16 @@ def recorded(
     """
     runs, names = [], []
     for source, recorder in {"trace": trace, **(more or {})}.items():
-        present = [node for node in recorder.runs if not prompt or not node or behind(node, recorder.node, prompt)]
-        present.sort(key=lambda node: [int(number) for number in re.findall(r"\d+", node)])
+        present = [key for key in recorder.runs
+                   if not prompt or not key or behind(maker(key), recorder.node, prompt)]
+        present.sort(key=lambda key: [int(number) for number in re.findall(r"\d+", key)])
         if not present:
             raise ValueError(
                 f"The trace at '{source}' holds no run. Wire the MODEL output of Guidance Trace to the sampler "
                 "(through other Rudder nodes if you like) and its result to 'after' or 'more_after'. If the sampler "
                 "was served from the cache, change its seed."
             )
-        for run in (recorder.runs[node] for node in present):
+        for run in (recorder.runs[key] for key in present):
             if not any(run is other for other in runs):  # two traces on one MODEL hold the same runs
                 runs.append(run)
                 alone = len(present) == 1 or not recorder.name

@@ -14,7 +14,7 @@ from rudder.guidance.r2f import R2F
 from rudder.guidance.space import cosine, norm
 from rudder.guidance.trace import Recorder, Trace
 from rudder.host import add_guidance
-from rudder.nodes.trace import RudderTrace
+from rudder.nodes.trace import RudderTrace, recorded
 
 from .models import conditioning, evaluate, sample
 
@@ -82,6 +82,22 @@ def test_runs_by_sampler_node(model, kind):
     at("5", 3)
     at("3", 4)
     assert {node: len(run["steps"]) for node, run in recorder.runs.items()} == {"3": 4, "5": 3}
+
+
+def test_every_run_of_a_list_is_kept(model, kind):
+    """The host runs a node once for each input of a list; a shorter list later leaves nothing of the longer."""
+    patched, recorder = traced(model, FixedBlend(anchor=ANCHORED))
+
+    def queued(*steps: int) -> None:
+        for place, count in enumerate(steps):
+            with CurrentNodeContext("prompt", "3", place):
+                sample(patched, kind, POSITIVE, NEGATIVE, steps=count)
+
+    queued(2, 3, 4)
+    assert {key: len(run["steps"]) for key, run in recorder.runs.items()} == {"3": 2, "3#1": 3, "3#2": 4}
+    assert [len(run["steps"]) for run in recorded(recorder, {"3": {"inputs": {}}}).values()] == [2, 3, 4]
+    queued(5)
+    assert {key: len(run["steps"]) for key, run in recorder.runs.items()} == {"3": 5}
 
 
 def test_a_failed_run_leaves_the_last_record(model, kind):

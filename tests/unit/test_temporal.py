@@ -105,6 +105,17 @@ def test_it_is_neutral_limited_and_done_at_the_last_step():
     assert torch.equal(given, now.x / 2)
 
 
+@pytest.mark.parametrize("parametrisation", Parametrisation)
+def test_a_look_at_the_clean_picture_is_left_alone(parametrisation):
+    """Samplers of autoregressive video show the model each finished block at noise level 0."""
+    x, method = torch.randn(2, 4, 6, 6), TemporalTAG(predictor=random_predictor(), strength=9.0)
+    now = at(x, 9, parametrisation=parametrisation)
+    now.level, now.sigma = 0.0, torch.zeros(2)
+    now.x = method.latent(now, now.x)
+    close(now.x, x)
+    assert torch.equal(run_step(now, Predictions(x / 2, None), method), x / 2)
+
+
 def test_a_batch_is_so_many_single_runs_and_x_is_not_changed():
     x = torch.randn(3, 4, 6, 6)
     before, method = x.clone(), TemporalTAG(predictor=random_predictor(), strength=3.0)
