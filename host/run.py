@@ -402,7 +402,7 @@ class Run:
         others = dict(zip(here, others))
         for branch in extra:
             if branch not in others:
-                others[branch] = self.call_second(guider.conds[self.keys[asked[branch]]], branch, step)
+                others[branch] = self.call_second(guider.conds[self.keys[asked[branch]]], branch, step, options)
 
         step.plain = Predictions(out[0], out[1])  # what others ask from here on is not the step's own
         for function in options.get("sampler_pre_cfg_function", []):
@@ -449,9 +449,9 @@ class Run:
         self.evaluations += sum(conds.acts(entries, level) for entries in [*roles, *more] if entries)
         return out, others[:len(extra)]
 
-    def call_second(self, entries: list[dict], branch: Variant, step: Step) -> Tensor:
+    def call_second(self, entries: list[dict], branch: Variant, step: Step, options: dict) -> Tensor:
         self.evaluations += conds.acts(entries, step.level)
-        return self.seconds[id(branch.model)].predict(entries, step.x, step.sigma)
+        return self.seconds[id(branch.model)].predict(entries, step.x, step.sigma, options)
 
     def look_elsewhere(
         self, guider: samplers.CFGGuider, options: dict, wired: dict[str, tuple], extra: Sequence[Branch], x: Tensor,

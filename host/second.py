@@ -164,8 +164,10 @@ class SecondModel:
             self.patcher.model.extra_conds, bare, noise, self.patcher.load_device, role, **what
         )
 
-    def predict(self, conds: Conds, x: Tensor, sigma: Tensor) -> Tensor:
-        return samplers.calc_cond_batch(self.patcher.model, [conds], x, sigma, self.options)[0]
+    def predict(self, conds: Conds, x: Tensor, sigma: Tensor, run: dict) -> Tensor:
+        """x0, in the context windows of the first model: ``run`` are the options of that."""
+        options = {**self.options, "context_handler": run.get("context_handler")}
+        return samplers.calc_cond_batch(self.patcher.model, [conds], x, sigma, options)[0]
 
     def end(self) -> None:
         self.patcher.cleanup()

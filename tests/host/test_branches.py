@@ -12,6 +12,7 @@ import comfy.sd
 import comfy.supported_models
 import pytest
 import torch
+from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 from comfy_extras.nodes_easycache import EasyCacheNode
 
 from rudder.guidance.answer import ANSWER, away, found
@@ -390,6 +391,18 @@ def test_a_step_cache_on_the_bad_model_rests_and_that_is_said(model, kind, bad, 
     assert [record.getMessage()[:44] for record in caplog.records] == ["Rudder: 'easycache' on the worse model does "]
     holder = cached.model_options["transformer_options"]["easycache"]
     assert holder.x_prev_subsampled is None and not holder.uuid_cache_diffs
+
+
+def test_the_second_model_looks_through_the_same_context_windows():
+    """As good a model, asked of the whole video where the first sees windows, would push."""
+    video = torch.zeros(1, 16, 9, 4, 4)
+    windows = {"context_length": 5, "context_overlap": 2, "context_schedule": "standard_static", "context_stride": 1,
+               "closed_loop": False, "fuse_method": "pyramid", "dim": 2, "freenoise": False}
+    [model] = ContextWindowsManualNode.execute(tiny_wan(), **windows).args
+    counted, seen = calls(tiny_wan())
+    run = sample(wired(model, AutoGuidance(bad=counted, weight=3.0)), "wan", POSITIVE, NEGATIVE, image=video)
+    torch.testing.assert_close(run, sample(model, "wan", POSITIVE, NEGATIVE, image=video), rtol=1e-4, atol=1e-4)
+    assert len(seen["network"]) > STEPS, "windows"
 
 
 # ---------------------------------------------------------------- without the image: InstructPix2Pix
