@@ -22,6 +22,8 @@ TABLES = {
     "calibrate": ("calibrate", "how well the demo models draw what is common and rare, plain CFG alone"),
 }
 
+WHOLE = ("exact", "cost", "memory", "import")  # tables of one piece
+
 
 def part(text: str) -> tuple[int, int]:
     """'1/3' -> (1, 3)."""
@@ -54,6 +56,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.n is not None and args.n < 1:
         parser.error("--n must be at least 1")
+    if args.shard[1] > 1 and args.table in WHOLE:
+        parser.error(f"--shard: the table {args.table} has no shares, it is measured in one piece")
     stems = [Path(name).stem for name in args.model]
     if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
         parser.error(f"--model: two models are called {', '.join(twice)}; measure them one after the other")
