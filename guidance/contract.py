@@ -154,10 +154,11 @@ class Step:
 
     Attributes:
         x: the sampler's tensor, ``[B, C, (T,) H, W]``.
-        sigma: noise level, ``[B]``; ``level``: the same as a number; ``sigma_next``: the level this step leads to.
+        sigma: noise level, ``[B]``; ``level``: the same as a number; ``sigma_next``: the level this call leads to.
         sigmas: the noise levels of the run, ``[N + 1]``.
         index: position of ``sigma`` in ``sigmas``, 0 .. N - 1. A solver's inner evaluation belongs to the interval
-            that it falls in.
+            that it falls in, or, if ``ahead``, to the interval before: it is asked at the end of that and leads back
+            to its beginning.
         weight: the guidance weight after the ``scale`` stage; 1 means no guidance.
         player: the branch that plays the positive at this step; None for the guider's own, and before ``sources``.
         left: pictures, ``[B]`` bool, that guidance has left: to them every method does what it does to all at weight 1,
@@ -178,6 +179,7 @@ class Step:
     sigmas: Tensor
     index: int
     parametrisation: Parametrisation
+    ahead: bool = False
     weight: float = 1.0
     player: Branch | None = None
     left: Tensor | None = None
@@ -196,7 +198,7 @@ class Step:
 
     @property
     def sigma_next(self) -> float:
-        return float(self.sigmas[min(self.index + 1, len(self.sigmas) - 1)])
+        return float(self.sigmas[min(self.index + (not self.ahead), len(self.sigmas) - 1)])
 
     @property
     def progress(self) -> float:

@@ -49,7 +49,7 @@ class LinearAG(Guidance):
         require_guidance(self.title, setup, "they already take one evaluation a step; remove the node.")
         acting = [step.within(self.start, self.end) for step in setup.steps]
         needed = [weight for weight, acts in zip(setup.weights, acting) if acts][:: self.every]
-        if self.coefficients is not None and 1.0 in needed:
+        if self.coefficients is not None and 1.0 in needed and not setup.overridden:
             raise GuidanceError(
                 f"{self.title}: its coefficients need the negative of every {self.every}. step, and another node "
                 "turns guidance off in some of them (an interval, a schedule, zero-init). Run it without coefficients."

@@ -66,9 +66,17 @@ class Recorder:
 
     def keep(self, run: dict[str, Any], node: str, place: int) -> None:
         """A run in the place of the node's last; ``place`` is that of its inputs in the list of them."""
-        if place == 0:
-            self.runs = {key: kept for key, kept in self.runs.items() if maker(key) != node}
-        self.runs[f"{node}#{place}" if place else node] = run
+        self.drop(node, place)
+        self.runs[run_key(node, place)] = run
+
+    def drop(self, node: str, place: int) -> None:
+        """Forget that run, and at the beginning of a list all of the node."""
+        self.runs = {key: run for key, run in self.runs.items()
+                     if key != run_key(node, place) and (place or maker(key) != node)}
+
+
+def run_key(node: str, place: int) -> str:
+    return f"{node}#{place}" if place else node
 
 
 def maker(key: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import comfy.hooks
 import comfy.sampler_helpers as helpers
@@ -24,8 +24,11 @@ IMAGES = {"concat_latent_image", "concat_mask", "concat_image", "reference_laten
 SHOWN = dict.fromkeys(sorted(IMAGES), "an image") | {  # to the model, beside the text
     "clip_vision_output": "an image (CLIP vision)", "unclip_conditioning": "an image (unCLIP)",
     "control": "a ControlNet", "control_video": "a control video", "vace_frames": "frames (VACE)",
-    "pose_video_latent": "a pose video", "audio_embed": "audio", "guidance": "distilled guidance (FluxGuidance)",
+    "pose_video_latent": "a pose video", "face_video_pixels": "a face video", "reference_motion": "a reference motion",
+    "time_dim_concat": "frames", "keyframe_idxs": "keyframes", "context_latents": "latents of a context",
+    "audio_embed": "audio", "guidance": "distilled guidance (FluxGuidance)",
 }
+TEXT = {"c_crossattn", "attention_mask", "num_tokens"}  # what a model is given of it; "y" too, but for unCLIP
 PARTIAL = {"strength", "area", "mask", "start_percent", "end_percent", "clip_start_percent", "default"}
 
 
@@ -149,13 +152,20 @@ def check_spread(name: str, conds: Conds, positive: Conds) -> None:
 
 
 def lacking(conds: Conds, other: Conds) -> list[str]:
-    """What entries of ``other`` show the model beside the text, and no entry of ``conds`` does. (A ControlNet that
-    applies to all prompts is put on these by the host.)"""
-    def has(entry: dict, key: str) -> bool:
-        return entry.get(key) is not None
+    """What entries of ``other`` show the model beside the text, and no entry of ``conds`` does. Processed conds: what
+    the model does not take makes no difference, and a ControlNet for all prompts is on all of them."""
+    def counts(entry: dict, key: str) -> bool:
+        text = TEXT if key == "unclip_conditioning" else TEXT | {"y"}
+        return key == "control" or any(differ_in_model(entry, one, text) for one in conds)
 
-    return sorted({said for key, said in SHOWN.items() if not any(has(c, key) for c in conds)
-                   and any(has(c, key) and not (key == "control" and c.get("control_apply_to_uncond")) for c in other)})
+    return sorted({said for key, said in SHOWN.items() if all(entry.get(key) is None for entry in conds)
+                   and any(entry.get(key) is not None and counts(entry, key) for entry in other)})
+
+
+def differ_in_model(a: dict, b: dict, beside: Collection[str]) -> bool:
+    """Whether the model is given different things of two processed entries, ``beside`` what."""
+    x, y = ({key: part.cond for key, part in entry["model_conds"].items() if key not in beside} for entry in (a, b))
+    return not same_value(x, y)
 
 
 def varied(variant: Variant, conds: Conds) -> Conds:
@@ -183,11 +193,7 @@ def varied(variant: Variant, conds: Conds) -> Conds:
 
 def same_to_the_model(a: Conds, b: Conds) -> bool:
     """Whether the model makes the same of two processed conds, entry by entry."""
-    return len(a) == len(b) and all(
-        x["model_conds"].keys() == y["model_conds"].keys()
-        and all(same_value(x["model_conds"][k].cond, y["model_conds"][k].cond) for k in x["model_conds"])
-        for x, y in zip(a, b)
-    )
+    return len(a) == len(b) and not any(differ_in_model(x, y, ()) for x, y in zip(a, b))
 
 
 def likeness(own: dict[str, Conds]) -> Callable[[Prompt], str | None]:

@@ -32,7 +32,7 @@ from ..guidance.contract import (
     overrides,
 )
 from ..guidance.space import Parametrisation, cosine, expand, norm, residual
-from ..guidance.trace import Trace, plain
+from ..guidance.trace import Recorder, Trace, plain
 from . import conds
 from .attention import Attention, check_edit
 from .second import SecondModel
@@ -50,11 +50,18 @@ def plan_of(model_options: dict) -> Plan:
     return model_options.get(KEY, ())
 
 
+def recorders(plan: Plan) -> list[Recorder]:
+    return [method.recorder for method in plan if isinstance(method, Trace)]
+
+
 def sample(executor: Callable, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *args, **kwargs):
     """OUTER_SAMPLE wrapper: check, bring in the extra conditionings, sample, clean up. Signature of the host's."""
     guider: samplers.CFGGuider = executor.class_obj
     plan = plan_of(guider.model_options)
-    if not plan or len(sigmas) < 2:  # no steps: what a second sampler gets where the first takes all
+    if len(sigmas) < 2:  # no steps: what a second sampler gets where the first takes all
+        for recorder in recorders(plan):
+            recorder.drop(*executing_node())
+    if not plan or len(sigmas) < 2:
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     check_inputs(guider, noise, latent_image)
     seed = args[3] if len(args) > 3 else kwargs.get("seed")
@@ -162,7 +169,7 @@ class Run:
         model_sampling = guider.model_patcher.get_model_object("model_sampling")
         self.parametrisation = parametrisation_of(model_sampling)
         self.percent_to_sigma = functools.cache(model_sampling.percent_to_sigma)  # reads the device at every call
-        self.recorders = [method.recorder for method in plan if isinstance(method, Trace)]
+        self.recorders = recorders(plan)
         self.records: list[dict[str, Any]] = []
         self.evaluations = self.calls = 0
         self.hopeful: list[str] = []  # what needs guidance that another node may yet set
@@ -171,21 +178,20 @@ class Run:
         self.cfg = float(guider.cfg)
         self.sites = sites_of(guider.model_patcher.model.diffusion_model)
 
-        branches = conds.convert_branches(asked_for(plan), {
+        asked = asked_for(plan)
+        self.full = {b for b in asked if isinstance(b, Prompt) and not b.bare}  # should show the model what the rest do
+        branches = conds.convert_branches(asked, {
             "cond": guider.conds["positive"], "uncond": guider.conds.get("negative") or [],
         })  # fmt: skip
         self.partial = {b for b, entries in branches.items() if isinstance(b, Prompt) and conds.is_partial(entries)}
         self.keys: dict[Branch, str] = {branch: f"rudder_{i}" for i, branch in enumerate(branches)}
         self.owners = {entry["uuid"]: self.keys[branch] for branch, entries in branches.items() for entry in entries}
         others = dict.fromkeys(b.model for b in branches if isinstance(b, Variant) and b.model is not None)
-        self.seconds = {id(model): SecondModel(model) for model in others}
+        self.seconds = {id(model): SecondModel(model, guider.model_options) for model in others}
         if any(second.patcher.model is guider.model_patcher.model for second in self.seconds.values()):
             raise GuidanceError(f"{self.titles()}: the other model shares its weights with the sampler's model, and "
                                 "only one version can be loaded at a time. Load it with a loader node of its own.")
         self.check(guider, conds.likeness(guider.original_conds))
-        for branch, entries in branches.items():
-            if isinstance(branch, Prompt) and not branch.bare:
-                self.compare(branch, entries, guider)
         conds.join(guider, {self.keys[branch]: entries for branch, entries in branches.items()})
 
     def check(self, guider: samplers.CFGGuider, likeness: Callable) -> None:
@@ -239,15 +245,16 @@ class Run:
         try:
             method.check(setup)
         except GuidanceError:
-            if not ext.get_all_wrappers(ext.WrappersMP.PREDICT_NOISE, guider.model_options, is_model_options=True):
+            wrappers = guider.model_options.get("transformer_options", {}).get("wrappers", {})
+            if not wrappers.get(ext.WrappersMP.PREDICT_NOISE, {}).keys() - {"lazycache"}:
                 raise
             method.check(dataclasses.replace(setup, overridden=True))
             self.hopeful.append(method.title)
 
-    def compare(self, prompt: Prompt, entries: list[dict], guider: samplers.CFGGuider) -> None:
-        """Say what a prompt lacks beside its role: then the difference of the two is that, more than the words."""
+    def compare(self, prompt: Prompt, guider: samplers.CFGGuider) -> None:
+        """Say what a prompt lacks beside its words: then the difference of the two is that, more than the words."""
         role = "negative" if prompt.negative and guider.conds.get("negative") else "positive"
-        if missing := conds.lacking(entries, guider.conds[role]):
+        if missing := conds.lacking(guider.conds[self.keys[prompt]], guider.conds[role]):
             log.warning(
                 "Rudder: the %s conditioning lacks what the sampler's %s shows the model beside its text: %s. So their "
                 "predictions differ by that too, often more than by the words. Send both through the same nodes.",
@@ -259,13 +266,15 @@ class Run:
 
     def step(self, x: Tensor, sigma: Tensor, states: dict[int, dict], ahead: bool = False) -> Step:
         level = float(sigma.max())
+        above = int((self.sigmas[:-1] > level * (1 + 1e-5)).sum())
         return Step(
             x=x,
             sigma=sigma,
             level=level,
             sigmas=self.sigmas,
-            index=max(step_index(self.sigmas, level) - ahead, 0),
+            index=max(above - 1, 0) if ahead else step_index(self.sigmas, level),
             parametrisation=self.parametrisation,
+            ahead=ahead,
             generator=self.generator,
             percent_to_sigma=self.percent_to_sigma,
             states=states,
@@ -302,6 +311,9 @@ class Run:
         what = {"latent_image": latent_image, "denoise_mask": denoise_mask, **self.inputs}
         for branch, key in self.keys.items():
             self.prepare(branch, key, guider, noise, what)
+        for prompt in self.keys:
+            if prompt in self.full:
+                self.compare(prompt, guider)
         try:
             for second in self.seconds.values():
                 second.begin(args[0])
@@ -342,7 +354,7 @@ class Run:
         step = self.step(x, timestep, self.states, options.get(AHEAD, False))
         plan = self.active(step)
         step.weight = self.weight(step, plan, float(guider.cfg))
-        self.guided |= not math.isclose(step.weight, 1.0)
+        self.guided |= guider.cfg != 1.0 and not math.isclose(step.weight, 1.0)
         leaving = [rows for method in plan if (rows := method.left(step)) is not None]
         step.left = torch.stack(leaving).any(0) if leaving else None
         for method in plan:
@@ -529,7 +541,7 @@ class Run:
         each = count / max(calls, 1)
         if self.hopeful and not self.guided:
             log.warning(
-                "Rudder: %s: the weight was 1 at every step of this run, so it changed nothing. Set cfg above 1 in the "
+                "Rudder: %s: cfg was 1 at every step of this run, so there was no guidance to shape. Raise it in the "
                 "sampler, or in the node that sets it.", " + ".join(self.hopeful),
             )
         log.info("Rudder: %s: %d model evaluations in %d calls (%.2f each)", self.titles(), count, calls, each)

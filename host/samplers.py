@@ -177,6 +177,8 @@ def w2sd(method: W2SD, weak: samplers.CFGGuider | None = None) -> samplers.KSAMP
 def sample_w2sd(model: Any, x: Tensor, sigmas: Tensor, extra_args: dict, callback: Callable | None = None,
                 disable: bool | None = None, *, method: W2SD, weak: samplers.CFGGuider | None) -> Tensor:  # fmt: skip
     """The host's sampler function: plain Euler of the guider as it is wired, reflected by the weak prediction."""
+    if len(sigmas) < 2:  # no steps, nothing to reflect
+        return x
     guider = model.inner_model
     to_sigma = guider.model_patcher.get_model_object("model_sampling").percent_to_sigma
     low, high = to_sigma(method.end), to_sigma(method.start)
@@ -213,8 +215,8 @@ def denoiser(model: Any, extra_args: dict) -> Denoiser:
 
 
 def looking_ahead(extra_args: dict) -> dict:
-    """Arguments of predictions at the next noise level that belong to this step: a plan does what it does there (R2F's
-    prompt, zero-init)."""
+    """Arguments of predictions at the next noise level that belong to this step: what a plan does by steps (R2F's
+    prompt, zero-init) is the same; what it does by noise levels (windows, schedules) is that of the level."""
     return {**extra_args, "model_options": {**extra_args["model_options"], AHEAD: True}}
 
 

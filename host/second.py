@@ -5,6 +5,7 @@ The host loads it in the same call as the sampler's own MODEL, because a conditi
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterable
 from typing import Any
@@ -13,6 +14,7 @@ import comfy.model_patcher
 import comfy.model_sampling
 import comfy.patcher_extension as ext
 import comfy.samplers as samplers
+import torch
 from torch import Tensor
 
 from ..guidance.contract import Guidance, GuidanceError
@@ -26,7 +28,8 @@ WHERE = {"area", "strength", "mask", "mask_strength", "set_area_to_bounds", "tim
 DRESS = ("object_patches", "injections", "weight_wrapper_patches")  # what a load puts on beside the patches of weights
 ASKED = (ext.WrappersMP.CALC_COND_BATCH, ext.WrappersMP.APPLY_MODEL, ext.WrappersMP.DIFFUSION_MODEL)
 STARTS = (ext.WrappersMP.OUTER_SAMPLE, ext.WrappersMP.SAMPLER_SAMPLE, ext.WrappersMP.PREPARE_SAMPLING)
-AROUND = ("rudder", "sampler_", "disable_cfg1_optimization", "denoise_mask_function")  # it; what the names begin with
+#: Beginnings of the names of options that a second model is never asked with, or with the first's.
+AROUND = ("rudder", "sampler_", "disable_cfg1_optimization", "denoise_mask_function", "context_handler")
 WIDTHS = {"context_dim": "text features", "context_in_dim": "text features", "adm_in_channels": "pooled features",
           "vec_in_dim": "pooled features"}
 
@@ -47,7 +50,8 @@ def companion(model: Any, other: Any, name: str) -> Any:
         raise GuidanceError(
             f"The {name} is the same as the model, so there is no difference to guide by. Wire in a worse one: an "
             "earlier or smaller checkpoint, or this one with a patch that weakens it (UNetSelfAttentionMultiply). It "
-            "is asked for its bare prediction: guidance nodes on it (PAG, RescaleCFG, CFG Override) do not count."
+            "is asked for its bare prediction: guidance nodes on it (PAG, RescaleCFG, CFG Override), step caches, "
+            "context windows and the shift of the schedule (ModelSamplingSD3) do not count."
         )
     if other.cached_patcher_init is None:
         raise GuidanceError(
@@ -57,26 +61,55 @@ def companion(model: Any, other: Any, name: str) -> Any:
         )
     factory, arguments, *index = other.cached_patcher_init
     fresh = factory(*arguments)
-    copy = other.clone(model_override=(fresh[index[0]] if index else fresh).get_clone_model_override())
-    copy.hook_backup = {}  # clones share it: the copy would put back the model's weights into its own, and forget them
-    return copy
+    own = other.clone(model_override=(fresh[index[0]] if index else fresh).get_clone_model_override())
+    own.hook_backup = {}  # clones share it: the copy would put back the model's weights into its own, and forget them
+    return own
 
 
 def alike(model: Any, other: Any) -> bool:
     """Whether two clones of one MODEL predict the same, each being asked as a second model is."""
 
     def bare(patcher: Any) -> Any:
-        patcher = patcher.clone()
         options = {name: v for name, v in patcher.model_options.items() if not name.startswith(AROUND)}
-        transformer = options.get("transformer_options", {})
-        patcher.wrappers, wrappers = ({kind: own.get(kind, {}) for kind in ASKED}
-                                      for own in (patcher.wrappers, transformer.get("wrappers", {})))
-        patcher.model_options = {**options, "transformer_options": {**transformer, "wrappers": wrappers}}
+        transformer = dict(options.get("transformer_options", {}))
+        transformer["wrappers"], unprepared = acting(wrappers_of(patcher))
+        options["transformer_options"] = {name: v for name, v in transformer.items() if name not in unprepared}
+        patcher = patcher.clone()
+        patcher.model_options, patcher.wrappers, patcher.callbacks = options, {}, {}
+        patcher.object_patches.pop("model_sampling", None)  # a shift moves the steps, not what is predicted at a level
         return patcher
 
     a, b = bare(model), bare(other)
     return (b.clone_has_same_weights(a) and same_value(a.model_options, b.model_options)
-            and not dressed_apart(model, other))
+            and not dressed_apart(a, b) and same_levels(model, other))
+
+
+def wrappers_of(patcher: Any) -> dict[str, dict]:
+    """All wrappers of a MODEL: kind -> key -> functions."""
+    found = ext.copy_nested_dicts(patcher.model_options.get("transformer_options", {}).get("wrappers", {}))
+    ext.merge_nested_dicts(found, patcher.wrappers, copy_dict1=False)
+    return found
+
+
+def acting(wrappers: dict[str, dict]) -> tuple[dict[str, dict], set]:
+    """Those of a MODEL's wrappers that act in a second model, and the keys of those that cannot: they prepare
+    themselves when sampling starts (EasyCache), which is the first model's."""
+    unprepared = {key for kind in STARTS for key in wrappers.get(kind, {})} - {None}
+    return {kind: {key: own for key, own in wrappers.get(kind, {}).items() if key not in unprepared}
+            for kind in ASKED}, unprepared
+
+
+def same_levels(model: Any, other: Any) -> bool:
+    """Whether two MODELs show their network the same at a noise level, and read the same from its answer."""
+    one, two = (m.get_model_object("model_sampling") for m in (model, other))
+    sigmas = torch.linspace(float(one.sigma_min), float(one.sigma_max), 7)
+    x = torch.ones(len(sigmas), 1, 1, 1)
+
+    def seen(sampling: Any) -> Tensor:
+        shown, read = sampling.calculate_input(sigmas, x), sampling.calculate_denoised(sigmas, x / 2, x)
+        return torch.cat([made.float().flatten().cpu() for made in (sampling.timestep(sigmas), shown, read)])
+
+    return torch.equal(seen(one), seen(two))
 
 
 def seconds_of(plan: Iterable[Guidance]) -> list[Any]:
@@ -130,10 +163,11 @@ def told(entry: dict, conds: Conds) -> dict:
 
 
 class SecondModel:
-    """One run of a second MODEL. Its own patches and wrappers of the network count. Its functions around CFG do not,
-    nor what prepares itself when sampling starts (EasyCache): the sampling is the first model's."""
+    """One run of a second MODEL beside one with the options ``first``. Its own patches and wrappers of the network
+    count. Its functions around CFG do not, nor what belongs to the whole of sampling: what prepares itself when that
+    starts (EasyCache), and context windows, which are the first model's."""
 
-    def __init__(self, patcher: Any) -> None:
+    def __init__(self, patcher: Any, first: dict) -> None:
         self.patcher = patcher
         self.options = comfy.model_patcher.create_model_options_clone(patcher.model_options)
         transformer = self.options.setdefault("transformer_options", {})
@@ -142,12 +176,13 @@ class SecondModel:
             ext.merge_nested_dicts(self.options.setdefault("to_load_options", {}).setdefault(name, {}),
                                    transformer[name], copy_dict1=False)
         wrappers = transformer["wrappers"]
-        unprepared = {key for kind in STARTS for key in wrappers.get(kind, {})} - {None}
-        if idle := sorted(key for kind in ASKED for key in wrappers.get(kind, {}) if key in unprepared):
-            log.warning("Rudder: '%s' on the worse model does not act: it prepares itself when sampling starts, which "
-                        "a second model never does.", "', '".join(dict.fromkeys(idle)))
-        for kind in ASKED:
-            wrappers[kind] = {key: own for key, own in wrappers.get(kind, {}).items() if key not in unprepared}
+        transformer["wrappers"], unprepared = acting(wrappers)
+        idle = {key for kind in ASKED for key in wrappers.get(kind, {}) if key in unprepared}
+        if self.options.get("context_handler") not in (None, first.get("context_handler")):
+            idle.add("context windows")
+        if idle := sorted(idle):
+            log.warning("Rudder: '%s' on the worse model does not act: what belongs to the whole of sampling has to be "
+                        "on the sampler's model.", "', '".join(idle))
 
     def begin(self, sigmas: Tensor) -> None:
         """After the host has loaded it."""
@@ -166,7 +201,8 @@ class SecondModel:
 
     def predict(self, conds: Conds, x: Tensor, sigma: Tensor, run: dict) -> Tensor:
         """x0, in the context windows of the first model: ``run`` are the options of that."""
-        options = {**self.options, "context_handler": run.get("context_handler")}
+        windows = copy.copy(run.get("context_handler"))  # it remembers the model it was asked for
+        options = {**self.options, "context_handler": windows}
         return samplers.calc_cond_batch(self.patcher.model, [conds], x, sigma, options)[0]
 
     def end(self) -> None:

@@ -59,7 +59,7 @@ def tiny_unet(disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher
     return _patcher(Tiny(unet), tiny_unet)
 
 
-def tiny_flux(disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+def tiny_flux(disable_dynamic: bool = False, **options) -> comfy.model_patcher.ModelPatcher:
     """Flux in small, undistilled: rectified flow, 16 latent channels, joint attention, pooled vectors."""
 
     class Tiny(comfy.supported_models.FluxSchnell):
@@ -69,7 +69,7 @@ def tiny_flux(disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher
         "image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "vec_in_dim": POOLED,
         "context_in_dim": CONTEXT, "hidden_size": 64, "mlp_ratio": 4.0, "num_heads": 2, "depth": 1,
         "depth_single_blocks": 1, "axes_dim": [8, 12, 12], "theta": 10000,
-        "qkv_bias": True, "guidance_embed": False, "txt_ids_dims": [],
+        "qkv_bias": True, "guidance_embed": False, "txt_ids_dims": [], **options,
     }
     known = {field.name for field in fields(flux.FluxParams)}
     return _patcher(Tiny({key: value for key, value in unet.items() if key in known | {"image_model"}}), tiny_flux)

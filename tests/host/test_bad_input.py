@@ -7,11 +7,14 @@ import logging
 import comfy.patcher_extension
 import pytest
 import torch
+from comfy_extras.nodes_easycache import LazyCacheNode
 
 from nodes import ConditioningZeroOut
 from rudder.guidance.aapb import AAPB
+from rudder.guidance.beta_cfg import BetaCFG
 from rudder.guidance.blend import FixedBlend
 from rudder.guidance.cfg import CFG
+from rudder.guidance.cfg_zero import CFGZero
 from rudder.guidance.contract import GuidanceError, Prompt
 from rudder.guidance.interval import LimitedInterval
 from rudder.guidance.r2f import R2F
@@ -114,7 +117,11 @@ def test_refused_when_sampling_starts(model, kind, case):
     assert torch.equal(sample(model, kind, POSITIVE, NEGATIVE), reference)
 
 
-@pytest.mark.parametrize("method", ["AAPB", "interval"])
+SHAPING = {"AAPB": lambda: anchored(ANCHOR), "interval": lambda: LimitedInterval(last=0.9), "beta-CFG": BetaCFG,
+           "CFG-Zero*": CFGZero}
+
+
+@pytest.mark.parametrize("method", SHAPING)
 def test_guidance_that_another_node_may_set_is_not_refused(model, kind, method, caplog):
     """ComfyUI's CFG Override raises the weight when the step comes; where it does not, the run says so."""
     def overriding(weight: float):
@@ -128,15 +135,21 @@ def test_guidance_that_another_node_may_set_is_not_refused(model, kind, method, 
 
         out = model.clone()
         out.add_wrapper(comfy.patcher_extension.WrappersMP.PREDICT_NOISE, wrapper)
-        return add_guidance(out, anchored(ANCHOR) if method == "AAPB" else LimitedInterval(last=0.9))
+        return add_guidance(out, SHAPING[method]())
 
     with caplog.at_level(logging.WARNING, "rudder"):
         run = sample(overriding(4.0), kind, POSITIVE, NEGATIVE, cfg=1.0)
-        assert not caplog.text
+        assert "cfg was 1" not in caplog.text
         assert torch.equal(run, sample(overriding(4.0), kind, POSITIVE, NEGATIVE, cfg=4.0))
-        assert torch.equal(sample(overriding(1.0), kind, POSITIVE, NEGATIVE, cfg=1.0),
-                           sample(model, kind, POSITIVE, NEGATIVE, cfg=1.0))
-    assert "the weight was 1 at every step of this run" in caplog.text
+        sample(overriding(1.0), kind, POSITIVE, NEGATIVE, cfg=1.0)
+    assert "cfg was 1 at every step of this run" in caplog.text
+
+
+@pytest.mark.parametrize("method", SHAPING)
+def test_a_step_cache_sets_no_guidance(model, kind, method):
+    cached = LazyCacheNode.execute(model, 3.0, 0.0, 1.0, False).args[0]
+    with pytest.raises(GuidanceError, match="cfg"):
+        sample(add_guidance(cached, SHAPING[method]()), kind, POSITIVE, NEGATIVE, cfg=1.0)
 
 
 NAN = torch.full((1, 1, 8, 8), float("nan"))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
+import weakref
 
 import comfy.hooks
 import comfy.model_management
+import comfy.patcher_extension
 import comfy.samplers
 import comfy.sd
 import comfy.supported_models
@@ -360,9 +363,14 @@ def test_models_that_do_not_fit_are_refused(model, kind):
         call(RudderAutoGuidance, model=model, bad_model=wired(MODELS[kind](), ANSWER()))
     with pytest.raises(GuidanceError, match="shares its weights"):
         sample(wired(model, AutoGuidance(bad=model.clone())), kind, POSITIVE, NEGATIVE)
-    for name in {"RescaleCFG", "PerturbedAttentionGuidance", "CFGOverride"} & {*FOREIGN}:  # around the network
+    shifted = model.clone()
+    shifted.add_object_patch("model_sampling", copy.deepcopy(model.get_model_object("model_sampling")))
+    around = {"RescaleCFG", "PerturbedAttentionGuidance", "CFGOverride", "EasyCache"} & {*FOREIGN}
+    for one, two in [(model, FOREIGN[name](model)) for name in around] + [
+        (shifted, model), (model, windowed(model, 1)), (windowed(model, 1), model)
+    ]:
         with pytest.raises(GuidanceError, match=r"the same as the model.*do not count"):
-            call(RudderAutoGuidance, model=model, bad_model=FOREIGN[name](model))
+            call(RudderAutoGuidance, model=one, bad_model=two)
     with pytest.raises(GuidanceError, match="the same as the model"):
         call(RudderAutoGuidance, model=wired(model, ANSWER()), bad_model=model)
     patched = comfy.sd.load_lora_for_models(model, None, lora(model, 9), 0.3, 0.0)[0]
@@ -372,13 +380,21 @@ def test_models_that_do_not_fit_are_refused(model, kind):
 
 
 def test_a_copy_that_differs_in_the_network_is_taken(model, kind):
-    """By another pack's function around the network, or an object that a load puts in."""
-    shifted = model.clone()
-    shifted.add_object_patch("model_sampling", copy.deepcopy(model.get_model_object("model_sampling")))
-    for other in (FOREIGN["model_function_wrapper"](model), shifted):
-        [method] = plan_of(call(RudderAutoGuidance, model=model, bad_model=other)[0].model_options)
+    """By another pack's function around the network, a wrapper under one key, or a module that a load puts in."""
+    def wrapping(factor: float):
+        out = model.clone()
+        out.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, "x",
+                                 lambda executor, *args, **kwargs: executor(*args, **kwargs) * factor)
+        return out
+
+    name, module = next((n, m) for n, m in model.model.named_modules() if isinstance(m, torch.nn.Linear))
+    replaced = model.clone()
+    replaced.add_object_patch(name, copy.deepcopy(module))
+    for one, two in ((model, FOREIGN["model_function_wrapper"](model)), (model, replaced),
+                     (wrapping(1.0), wrapping(0.5))):
+        [method] = plan_of(call(RudderAutoGuidance, model=one, bad_model=two)[0].model_options)
         assert method.bad.model is not model.model
-        assert sample(wired(model, method), kind, POSITIVE, NEGATIVE, steps=2).isfinite().all()
+        assert sample(wired(one, method), kind, POSITIVE, NEGATIVE, steps=2).isfinite().all()
 
 
 def test_a_step_cache_on_the_bad_model_rests_and_that_is_said(model, kind, bad, caplog):
@@ -393,16 +409,36 @@ def test_a_step_cache_on_the_bad_model_rests_and_that_is_said(model, kind, bad, 
     assert holder.x_prev_subsampled is None and not holder.uuid_cache_diffs
 
 
-def test_the_second_model_looks_through_the_same_context_windows():
+def windowed(model, dim: int, length: int = 5):
+    windows = {"context_length": length, "context_overlap": 2, "context_schedule": "standard_static",
+               "context_stride": 1, "closed_loop": False, "fuse_method": "pyramid", "dim": dim, "freenoise": False}
+    return ContextWindowsManualNode.execute(model, **windows).args[0]
+
+
+VIDEO = torch.zeros(1, 16, 9, 4, 4)
+
+
+def test_the_second_model_looks_through_the_same_context_windows(caplog):
     """As good a model, asked of the whole video where the first sees windows, would push."""
-    video = torch.zeros(1, 16, 9, 4, 4)
-    windows = {"context_length": 5, "context_overlap": 2, "context_schedule": "standard_static", "context_stride": 1,
-               "closed_loop": False, "fuse_method": "pyramid", "dim": 2, "freenoise": False}
-    [model] = ContextWindowsManualNode.execute(tiny_wan(), **windows).args
-    counted, seen = calls(tiny_wan())
-    run = sample(wired(model, AutoGuidance(bad=counted, weight=3.0)), "wan", POSITIVE, NEGATIVE, image=video)
-    torch.testing.assert_close(run, sample(model, "wan", POSITIVE, NEGATIVE, image=video), rtol=1e-4, atol=1e-4)
+    model = windowed(tiny_wan(), 2)
+    counted, seen = calls(windowed(tiny_wan(), 2, length=3))
+    with caplog.at_level(logging.WARNING, "rudder"):
+        run = sample(wired(model, AutoGuidance(bad=counted, weight=3.0)), "wan", POSITIVE, NEGATIVE, image=VIDEO)
+    torch.testing.assert_close(run, sample(model, "wan", POSITIVE, NEGATIVE, image=VIDEO), rtol=1e-4, atol=1e-4)
     assert len(seen["network"]) > STEPS, "windows"
+    assert "'context windows' on the worse model does not act" in caplog.text
+
+
+def test_context_windows_do_not_hold_the_second_model():
+    """The host's handler remembers which model it was asked for last."""
+    model, bad = windowed(tiny_wan(), 2), tiny_wan()
+    network = weakref.ref(bad.model)
+    patched = wired(model, AutoGuidance(bad=bad, weight=3.0))
+    sample(patched, "wan", POSITIVE, NEGATIVE, image=VIDEO, steps=1)
+    del bad, patched
+    comfy.model_management.unload_all_models()
+    gc.collect()
+    assert network() is None
 
 
 # ---------------------------------------------------------------- without the image: InstructPix2Pix

@@ -36,7 +36,8 @@ from rudder.nodes.guidance_models import RudderInstruct
 from rudder.nodes.guidance_more import RudderNegative, RudderPerpNeg
 from rudder.nodes.nag import RudderNAG
 
-from .models import calls, conditioning, evaluate, having, latent, lora, sample, tiny_flux
+from .models import calls, conditioning, evaluate, having, latent, lora, sample, tiny_flux, tiny_unet
+from .test_branches import editor
 from .test_nodes import call
 
 WEIGHT = 4.0
@@ -195,41 +196,65 @@ def test_a_controlnet_that_applies_to_an_anchor_of_areas_alone_is_explained(mode
     assert actual(model, kind, positive, NEGATIVE, [*anchor, *ANCHOR]).isfinite().all()
 
 
+def guided_flux():
+    """A Flux with distilled guidance, as Flux-dev."""
+    return tiny_flux(guidance_embed=True)
+
+
+def shown(kind: str) -> torch.Tensor:
+    return torch.ones_like(latent(kind))
+
+
+#: What a conditioning shows beside its text, and a model that takes it.
 GIVEN = {
-    "control": lambda kind: Control(kind, 1), "guidance": lambda kind: 3.5, "concat_latent_image": latent,
-    "reference_latents": lambda kind: [latent(kind)],
+    "control": ("unet", tiny_unet, lambda: Control("unet", 1)),
+    "concat_latent_image": ("unet", editor, lambda: shown("unet")),
+    "reference_latents": ("flux", tiny_flux, lambda: [shown("flux")]),
+    "guidance": ("flux", guided_flux, lambda: 2.0),
 }
 
 
-@pytest.mark.parametrize("key", GIVEN)
-def test_a_prompt_that_lacks_the_positives_image_or_controlnet_is_reported(model, kind, key, caplog):
-    """Its prediction differs by that, and the method would take the difference for one of words."""
-    given = {key: GIVEN[key](kind)}
-    positive = having(POSITIVE, **given)
-
-    def told(method, *prompts) -> str:
-        caplog.clear()
-        with caplog.at_level(logging.WARNING, "rudder"):
-            sample(add_guidance(model, method), kind, *prompts, steps=1)
-        return caplog.text
-
-    anchored, pushed = AAPB(anchor=Prompt(ANCHOR, "anchor")), by_node("extra negative", model)
-    text = told(anchored, positive, NEGATIVE)
-    assert "the anchor conditioning lacks" in text and "sampler's positive" in text and SHOWN[key] in text
-    assert not told(AAPB(anchor=Prompt(having(ANCHOR, **given), "anchor")), positive, NEGATIVE)
-    assert not told(R2F(frequent=Prompt(ANCHOR, "frequent"), mode="blend"), positive, NEGATIVE), "keeps the positive's"
-    assert not told(pushed, positive, NEGATIVE), "what the negative does not show is meant"
-    assert "sampler's negative" in told(pushed, positive, having(NEGATIVE, **given))
-    if key == "control":
-        assert not told(anchored, having(positive, control_apply_to_uncond=True), NEGATIVE)
-
-
-def test_the_base_of_an_image_strength_is_meant_to_lack_the_image(model, kind, caplog):
-    image = {"concat_latent_image": latent(kind)}
-    [method] = plan_of(call(RudderInstruct, model=model, base=ANCHOR)[0].model_options)
+def told(caplog, model, kind: str, method, *prompts) -> str:
+    caplog.clear()
     with caplog.at_level(logging.WARNING, "rudder"):
-        sample(add_guidance(model, method), kind, having(POSITIVE, **image), having(NEGATIVE, **image), steps=1)
-    assert not caplog.text
+        sample(add_guidance(model, method), kind, *prompts, steps=1)
+    return caplog.text
+
+
+@pytest.mark.parametrize("key", GIVEN)
+def test_a_prompt_that_lacks_the_positives_image_or_controlnet_is_reported(key, caplog):
+    """Its prediction differs by that, and the method would take the difference for one of words."""
+    kind, make, value = GIVEN[key]
+    model, given = make(), {key: value()}
+    positive, pushed = having(POSITIVE, **given), by_node("extra negative", model)
+    anchored, blended = AAPB(anchor=Prompt(ANCHOR, "anchor")), R2F(frequent=Prompt(ANCHOR, "frequent"), mode="blend")
+    text = told(caplog, model, kind, anchored, positive, NEGATIVE)
+    assert "the anchor conditioning lacks" in text and "sampler's positive" in text and SHOWN[key] in text
+    alike = AAPB(anchor=Prompt(having(ANCHOR, **given), "anchor"))
+    assert not told(caplog, model, kind, alike, positive, NEGATIVE)
+    assert not told(caplog, model, kind, blended, positive, NEGATIVE), "it keeps the positive's"
+    assert not told(caplog, model, kind, pushed, positive, NEGATIVE), "what the negative does not show is meant"
+    assert "sampler's negative" in told(caplog, model, kind, pushed, positive, having(NEGATIVE, **given))
+    if key == "control":
+        assert not told(caplog, model, kind, anchored, having(positive, control_apply_to_uncond=True), NEGATIVE)
+    if key == "guidance":
+        usual = having(POSITIVE, guidance=3.5)
+        assert not told(caplog, model, kind, anchored, usual, NEGATIVE), "what a Flux has anyway"
+
+
+@pytest.mark.parametrize("key", ["concat_latent_image", "guidance", "reference_latents"])
+def test_what_the_model_does_not_take_is_not_missed(key, caplog):
+    positive = having(POSITIVE, **{key: GIVEN[key][2]()})
+    assert not told(caplog, tiny_unet(), "unet", AAPB(anchor=Prompt(ANCHOR, "anchor")), positive, NEGATIVE)
+
+
+def test_the_base_of_an_image_strength_is_meant_to_lack_the_image(caplog):
+    model, image = editor(), {"concat_latent_image": shown("unet")}
+    [method] = plan_of(call(RudderInstruct, model=model, base=ANCHOR)[0].model_options)
+    prompts = having(POSITIVE, **image), having(NEGATIVE, **image)
+    assert not told(caplog, model, "unet", method, *prompts)
+    both = add_guidance(model, method), AAPB(anchor=Prompt(ANCHOR, "anchor"))
+    assert "the base conditioning lacks" in told(caplog, both[0], "unet", both[1], *prompts), "as an anchor it is not"
 
 
 @pytest.mark.parametrize("name", ["NAG", "Perp-Neg", "extra negative", "AAPB"])

@@ -427,19 +427,35 @@ def test_the_weak_side_does_not_move_scheduled_hooks_on(model, kind, own_guider)
 
 
 @pytest.mark.parametrize("own_guider", [False, True])
-def test_the_weak_side_belongs_to_the_step_that_it_reflects(model, kind, own_guider):
-    """What goes by steps (R2F's turns, zero-init) is the same forth and back."""
+@pytest.mark.parametrize("steps", [STEPS, STEPS - 1], ids=["whole", "to be gone on with"])
+def test_the_weak_side_belongs_to_the_step_that_it_reflects(model, kind, own_guider, steps):
+    """What goes by steps (R2F's turns, zero-init) is the same forth and back; back leads to where forth began."""
     seen = []
 
     class Watch(Guidance):
         def finish(self, step, x0):
-            seen.append((step.index, round(step.level, 4)))
+            seen.append((step.index, step.level, step.sigma_next))
             return x0
 
-    watched, sigmas = add_guidance(model, Watch()), [round(level, 4) for level in levels(model).tolist()]
-    sampled(watched, w2sd(W2SD(), guider_of(watched, 1.0) if own_guider else None), kind)
-    expected = [(i, sigmas[k]) for i in range(STEPS - 1) for k in (i, i + 1, i)]
-    assert seen == [*expected, (STEPS - 1, sigmas[STEPS - 1])]
+    watched, sigmas = add_guidance(model, Watch()), levels(model)[:steps + 1]
+    sampled(watched, w2sd(W2SD(), guider_of(watched, 1.0) if own_guider else None), kind, sigmas=sigmas)
+    expected = []
+    for i, (level, to) in enumerate(zip(sigmas.tolist(), sigmas[1:].tolist())):
+        expected += [(i, level, to)] + [(i, to, level), (i, level, to)] * (to > 0)
+    assert seen == [pytest.approx(one) for one in expected]
+
+
+@pytest.mark.parametrize("name", COMPOSING)
+@pytest.mark.parametrize("own_guider", [False, True])
+def test_w2sd_with_every_method(model, kind, name, own_guider):
+    patched = add_guidance(model, fitted(name, model))
+    run = sampled(patched, w2sd(W2SD(), guider_of(patched, 2.0) if own_guider else None), kind)
+    assert run.norm() < 5 * sampled(model, w2sd(W2SD()), kind).norm()
+
+
+def test_w2sd_without_steps_does_what_the_host_does(model, kind):
+    one, image = torch.tensor([0.5]), torch.ones_like(latent(kind))
+    assert torch.equal(*(sampled(model, solver, kind, sigmas=one, image=image) for solver in ("euler", w2sd(W2SD()))))
 
 
 @pytest.mark.parametrize("own_guider", [False, True])

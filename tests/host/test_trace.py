@@ -96,7 +96,9 @@ def test_every_run_of_a_list_is_kept(model, kind):
     queued(2, 3, 4)
     assert {key: len(run["steps"]) for key, run in recorder.runs.items()} == {"3": 2, "3#1": 3, "3#2": 4}
     assert [len(run["steps"]) for run in recorded(recorder, {"3": {"inputs": {}}}).values()] == [2, 3, 4]
-    queued(5)
+    queued(5, 2)
+    with CurrentNodeContext("prompt", "3", 1):
+        sample(patched, kind, POSITIVE, NEGATIVE, sigmas=torch.tensor([0.5]))  # no steps: nothing to show
     assert {key: len(run["steps"]) for key, run in recorder.runs.items()} == {"3": 5}
 
 

@@ -105,6 +105,19 @@ def test_it_is_neutral_limited_and_done_at_the_last_step():
     assert torch.equal(given, now.x / 2)
 
 
+def test_a_look_ahead_leads_back_to_where_the_paper_steps():
+    """The weak side of a reflection goes from the end of the step to its beginning."""
+    x, model = torch.randn(2, 4, 6, 6), lambda y: 0.7 * y.tanh()
+    method = TemporalTAG(predictor=random_predictor(), strength=5.0, limit=0.02)
+    now = at(x, 4)
+    now.index, now.ahead = 3, True
+    now.x = method.latent(now, now.x)
+    r = now.sigma_next / now.level
+    assert now.sigma_next == float(now.sigmas[3]) and r > 1
+    given = run_step(now, Predictions(model(now.x), None), method)
+    close(given + r * (x - given), model(now.x) + r * (now.x - model(now.x)), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("parametrisation", Parametrisation)
 def test_a_look_at_the_clean_picture_is_left_alone(parametrisation):
     """Samplers of autoregressive video show the model each finished block at noise level 0."""
