@@ -111,10 +111,14 @@ def parametrisation_of(model_sampling: Any) -> Parametrisation:
     return Parametrisation.EPS
 
 
-def step_index(sigmas: Tensor, sigma: float) -> int:
+def step_index(sigmas: Tensor, sigma: float, ahead: bool = False) -> int:
     """The step that a noise level belongs to: ``sigmas[i] >= sigma > sigmas[i + 1]``, with room for rounding; in a run
-    towards noise (FlipSigmas) the other way round."""
-    begun = sigmas >= sigma * (1 - 1e-5) if sigmas[0] >= sigmas[-1] else sigmas <= sigma * (1 + 1e-5)
+    towards noise (FlipSigmas) the other way round. ``ahead``: the step that ends there, in a run towards the picture.
+    """
+    if ahead:
+        begun = sigmas > sigma * (1 + 1e-5)
+    else:
+        begun = sigmas >= sigma * (1 - 1e-5) if sigmas[0] >= sigmas[-1] else sigmas <= sigma * (1 + 1e-5)
     reached = int(begun[:-1].sum())
     return max(reached - 1, 0)
 
@@ -266,13 +270,12 @@ class Run:
 
     def step(self, x: Tensor, sigma: Tensor, states: dict[int, dict], ahead: bool = False) -> Step:
         level = float(sigma.max())
-        above = int((self.sigmas[:-1] > level * (1 + 1e-5)).sum())
         return Step(
             x=x,
             sigma=sigma,
             level=level,
             sigmas=self.sigmas,
-            index=max(above - 1, 0) if ahead else step_index(self.sigmas, level),
+            index=step_index(self.sigmas, level, ahead),
             parametrisation=self.parametrisation,
             ahead=ahead,
             generator=self.generator,

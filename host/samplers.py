@@ -8,7 +8,6 @@ other packs) does so at that weight, as it would under the same weights with any
 from __future__ import annotations
 
 import copy
-import itertools
 import logging
 import math
 from collections.abc import Callable
@@ -282,9 +281,9 @@ def check_pair(guider: samplers.CFGGuider, other: samplers.CFGGuider, title: str
             f"{title}: the weak_guider's MODEL ({kinds[1]}) does not share the latents of the sampler's ({kinds[0]}). "
             "Use two models of one family, such as SD1.5 and a fine-tune of it."
         )
-    seconds = [seconds_of(plan_of(g.model_options)) for g in (guider, other)]
-    for second, one in [*((s, m) for m in models for both in seconds for s in both), *itertools.product(*seconds)]:
-        if loaded_apart(second, one):
+    seconds = seconds_of([*plan_of(guider.model_options), *plan_of(other.model_options)])
+    for second in seconds:
+        if any(loaded_apart(second, one) for one in [*models, *seconds]):
             raise GuidanceError(
                 f"{title}: the worse model of AutoGuidance shares its weights with another MODEL of this run and "
                 "patches them differently, and only one version can be loaded at a time. Load it with a loader node of "
