@@ -151,10 +151,14 @@ def check_spread(name: str, conds: Conds, positive: Conds) -> None:
         )
 
 
-def lacking(conds: Conds, other: Conds) -> list[str]:
+def lacking(conds: Conds, other: Conds, network: torch.nn.Module) -> list[str]:
     """What entries of ``other`` show the model beside the text, and no entry of ``conds`` does. Processed conds: what
     the model does not take makes no difference, and a ControlNet for all prompts is on all of them."""
+    undistilled = not getattr(getattr(network, "params", None), "guidance_embed", True)  # handed over, and not read
+
     def counts(entry: dict, key: str) -> bool:
+        if key == "guidance" and undistilled:
+            return False
         text = TEXT if key == "unclip_conditioning" else TEXT | {"y"}
         return key == "control" or any(differ_in_model(entry, one, text) for one in conds)
 

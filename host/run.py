@@ -258,7 +258,8 @@ class Run:
     def compare(self, prompt: Prompt, guider: samplers.CFGGuider) -> None:
         """Say what a prompt lacks beside its words: then the difference of the two is that, more than the words."""
         role = "negative" if prompt.negative and guider.conds.get("negative") else "positive"
-        if missing := conds.lacking(guider.conds[self.keys[prompt]], guider.conds[role]):
+        network = guider.model_patcher.model.diffusion_model
+        if missing := conds.lacking(guider.conds[self.keys[prompt]], guider.conds[role], network):
             log.warning(
                 "Rudder: the %s conditioning lacks what the sampler's %s shows the model beside its text: %s. So their "
                 "predictions differ by that too, often more than by the words. Send both through the same nodes.",

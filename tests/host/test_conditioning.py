@@ -244,8 +244,10 @@ def test_a_prompt_that_lacks_the_positives_image_or_controlnet_is_reported(key, 
 
 @pytest.mark.parametrize("key", ["concat_latent_image", "guidance", "reference_latents"])
 def test_what_the_model_does_not_take_is_not_missed(key, caplog):
-    positive = having(POSITIVE, **{key: GIVEN[key][2]()})
-    assert not told(caplog, tiny_unet(), "unet", AAPB(anchor=Prompt(ANCHOR, "anchor")), positive, NEGATIVE)
+    positive, method = having(POSITIVE, **{key: GIVEN[key][2]()}), AAPB(anchor=Prompt(ANCHOR, "anchor"))
+    assert not told(caplog, tiny_unet(), "unet", method, positive, NEGATIVE)
+    if key == "guidance":
+        assert not told(caplog, tiny_flux(), "flux", method, positive, NEGATIVE), "a Flux that is not distilled"
 
 
 def test_the_base_of_an_image_strength_is_meant_to_lack_the_image(caplog):
