@@ -300,13 +300,14 @@ def score(images: np.ndarray, prompts: Sequence[RarePrompt], judge: Callable) ->
     return Scores(texts, right, parts, measures.saturation(pictures).tolist(), diversity)
 
 
-def marks_of(some: Sequence[Job], judge: Callable) -> Callable[[int, np.ndarray], list[float]]:
-    """``Todo.marks`` of jobs whose pictures are one prompt each."""
-    def marks(number: int, images: np.ndarray) -> list[float]:
+def sight_of(some: Sequence[Job], judge: Callable) -> Callable[[int, np.ndarray], dict[str, list[float]]]:
+    """``Todo.seen`` of jobs whose pictures are one prompt each."""
+    def seen(number: int, images: np.ndarray) -> dict[str, list[float]]:
         job = some[number]
-        return score(images, job.cell.prompts[job.first:job.last], judge).right
+        found = score(images, job.cell.prompts[job.first:job.last], judge)
+        return {"right": found.right, "saturation": found.saturation}
 
-    return marks
+    return seen
 
 
 def marks(reading: Any, prompts: Sequence[RarePrompt]) -> tuple[dict[str, list[float]], list[float]]:
@@ -317,32 +318,34 @@ def marks(reading: Any, prompts: Sequence[RarePrompt]) -> tuple[dict[str, list[f
 
 @dataclass(frozen=True)
 class Todo:
-    """A row of a table: its pictures, and the key under which what is seen of them is kept. ``marks``: the judge's of
-    the pictures of the job of that number; job after job they make the row's ``right``. ``what`` is the table's."""
+    """A row of a table: its pictures, and the key under which what is seen of them is kept. ``seen``: of the pictures
+    of the job of that number, ``right`` and other lists that the row has too; job after job they make the row's.
+    ``what`` is the table's."""
 
     store: Store
     key: str
     jobs: Sequence[Job]
-    marks: Callable[[int, np.ndarray], Sequence[float]]
+    seen: Callable[[int, np.ndarray], dict[str, list[float]]]
     what: Any = None
 
     @classmethod
     def of(cls, store: Store, cell: Cell, some: Sequence[Job], judge: Callable, tag: str) -> Todo:
         """A single cell that is kept by ``Store.scores``."""
-        return cls(store, store.key(cell, tag), some, marks_of(some, judge), cell)
+        return cls(store, store.key(cell, tag), some, sight_of(some, judge), cell)
 
     def check(self) -> None:
         """Whether a row that other code has painted is still true: its first batches are painted again, until there are
-        marks of BATCH pictures, and a row is dropped whose marks differ or that has none to tell by."""
-        row, now = self.store.kept.rows.get(self.key), []
+        marks of BATCH pictures, and a row is dropped that differs or that has none to tell by."""
+        row, now = self.store.kept.rows.get(self.key), {"right": []}
         if row and row["code"] != self.store.code:
             for number, job in enumerate(self.jobs):
-                if len(now) >= BATCH:
+                if len(now["right"]) >= BATCH:
                     break
                 if self.store.missing([job]):
                     self.store.paint(job)
-                now += self.marks(number, self.store.batch(job)[0])
-            if now and agree(now, row["right"]):
+                for name, values in self.seen(number, self.store.batch(job)[0]).items():
+                    now.setdefault(name, []).extend(values)
+            if now["right"] and agree(now, restored({name: row[name] for name in now})):
                 self.store.kept.put(self.key, row | {"code": self.store.code})
             else:
                 self.store.kept.drop(self.key)
@@ -359,7 +362,8 @@ class Todo:
 def done(rows: Sequence[Todo], options: Options, say: Callable = print) -> list[Todo]:
     """Paint what is neither kept nor painted, as far as the options go; returns what is there then."""
     for row in rows if options.check else ():
-        row.check()
+        if time.monotonic() < options.until:
+            row.check()
     paint_all([(row.store, job) for row in rows if not row.kept for job in row.jobs], options.shard, say,
               options.until)
     return [row for row in rows if row.done]

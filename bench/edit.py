@@ -220,10 +220,11 @@ def todo_of(store: Store, method: str, n: int, judge: Any, tag: str) -> cells.To
     """A row of one model."""
     some = families(store, method, n)
 
-    def marks(number: int, images: np.ndarray) -> list[float]:
-        return [made["success"] for _, made in judged(images, {}, some[number][0].source, judge)]
+    def seen(number: int, images: np.ndarray) -> dict[str, list[float]]:
+        made = [numbers for _, numbers in judged(images, {}, some[number][0].source, judge)]
+        return {"right": [one["success"] for one in made], "psnr": [one["psnr"] for one in made]}
 
-    return cells.Todo(store, f"{some[0][0].key} {n} {tag}", [family.job(methods) for family, methods in some], marks,
+    return cells.Todo(store, f"{some[0][0].key} {n} {tag}", [family.job(methods) for family, methods in some], seen,
                       [family for family, _ in some])
 
 

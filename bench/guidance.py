@@ -412,7 +412,7 @@ def notes(found: Found, options: Options, n: int, stores: Sequence[Store], missi
 def todo_of(store: Store, pair: list[Cell], jobs: list[cells.Job], what: Any, true: Any, reader: Any, tag: str
             ) -> cells.Todo:
     """A row: its cells as one set of pictures, against the ``truth.Truth``."""
-    return cells.Todo(store, true.key(pair, tag), jobs, cells.marks_of(jobs, reader), what)
+    return cells.Todo(store, true.key(pair, tag), jobs, cells.sight_of(jobs, reader), what)
 
 
 def todos(wanted: Sequence[tuple[str, float]], stores: Sequence[Store], n: int, made: type[Cell], *how: Any

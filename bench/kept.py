@@ -5,20 +5,21 @@ pictures are not: marks are a thousandth of their size), and a table grows from 
 one model, its settings and the list of prompts: of anything else it is started anew. A row belongs to its method's
 settings and code and to the judge, which are in its key. That the code of the host's side is still the same cannot be
 read off a digest, because nearly every change leaves all pictures as they were: so each row names the code that painted
-it, and `--check` paints its first pictures again, until there are 32 marks, and drops the row if the judge now says
-something else.
+it, and `--check` paints its first pictures again, until there are 32 marks, and drops the row if something else is
+seen in them now: another mark, or another saturation or PSNR, which tell methods apart that marks do not.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-ROOM = 2  # of 32 marks that may differ: another processor rounds otherwise
+ROOM = 2  # of 32 pictures that may differ: another processor rounds otherwise
 
 
 @contextmanager
@@ -27,7 +28,7 @@ def whole(file: Path) -> Iterator[Path]:
     file.parent.mkdir(parents=True, exist_ok=True)
     half = file.with_suffix(f".{os.getpid()}.part{file.suffix}")
     yield half
-    half.rename(file)
+    half.replace(file)
 
 
 class Kept:
@@ -61,9 +62,13 @@ class Kept:
                 half.write_text(f'{{"about": {json.dumps(self.about)}, "rows": {{\n{rows}\n}}}}\n', encoding="utf-8")
 
 
-def agree(now: list[float], then: list[float]) -> bool:
-    """Whether the marks of a batch are those of the row's beginning, but for ROOM of them."""
-    return sum(a != b for a, b in zip(now, then)) <= ROOM * len(now) / 32
+def agree(now: Mapping[str, Sequence[float]], then: Mapping[str, Sequence[float]]) -> bool:
+    """Whether what is seen of some pictures, list by list, is the beginning of what a row has, but for ROOM of them."""
+    def same(a: float, b: float) -> bool:
+        return math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-4) or a != a and b != b
+
+    return all(sum(not same(*both) for both in zip(now[name], then[name])) <= ROOM * len(now[name]) / 32
+               for name in now)
 
 
 def rounded(value: Any) -> Any:

@@ -214,6 +214,27 @@ def pair_rows(found: Found, model: str, split: str) -> list[dict]:
     return out
 
 
+BY_PAIR = {"model": ("model", ""), "method": ("method", ""), "anchor": ("anchor", ""), "above": ("above", ""),
+           "average": ("average of rare", "+.1f"), **{c: (c, "+.1f") for c in rareshapes.CATEGORIES}}
+
+
+def by_pair_rows(found: Found, model: str, split: str) -> list[dict]:
+    """How far methods lie above CFG and R2F, in points, with intervals that speak of other pairs too."""
+    out, pair = [], pair_of(split).get
+    for anchor in ("superclass", "noun"):
+        for method in (*COMPARED, *blends(GAMMAS_ELSEWHERE)):
+            for key in ("cfg", "r2f"):
+                pairs = {c: (a, b) for c in rareshapes.CATEGORIES if key != method and
+                         (a := found.get(model, c, method, anchor)) and (b := found.other(model, c, key, anchor))}
+                row = {c: above([both], pair) for c, both in pairs.items()}
+                if set(RARE) <= set(pairs):
+                    row["average"] = above([pairs[c] for c in RARE], pair)
+                if row:
+                    out.append({"model": model, "method": ROWS[method].name, "anchor": anchor,
+                                "above": ROWS[key].name} | row)
+    return out
+
+
 # ---------------------------------------------------------------- the table
 
 def main(options: Options) -> Table:
@@ -255,6 +276,10 @@ def table(found: Found, options: Options, n: int, stores: Sequence[Store], wante
     out = Table("rare" if options.split == "final" else "rare-dev", "RareShapes: rare combinations that come out right",
                 SUMMARY, rows, notes(found, rows, options, n, stores, wanted))
     out.parts = [Table(f"{out.name}-cells", "Every cell", CELLS, [cell_row(found, key) for key in found.scores]),
+                 Table(f"{out.name}-by-pair", "Differences with pairs as clusters", BY_PAIR,
+                       [row for model in models for row in by_pair_rows(found, model, options.split)],
+                       ["In points, on the same pictures. These intervals speak of other pairs too; those of 4 or 8 "
+                        "pairs are Student's t of what the pairs are on average."]),
                  Table(f"{out.name}-pairs", "Pair by pair, superclass anchor, right in %", PAIRS,
                        [row for model in models for row in pair_rows(found, model, options.split)])]
     out.plots = rareplots.all_plots(found, models, sheets)

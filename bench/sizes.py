@@ -68,7 +68,7 @@ def todo_of(store: Store, size: int, name: str, made: tuple[Guidance, ...], n: i
     cell = Cell("frequent", "dev", key, "", CFG, n, cells.code_of(made))
     jobs = cells.jobs(cell, (lambda anchor: made) if made else None)
     return cells.Todo(at(store, size), f"{cell.key} {n} {tag}", jobs,
-                      lambda number, images: judged(images, cell, judge, number * cells.BATCH)["right"], cell)
+                      lambda number, images: judged(images, cell, judge, number * cells.BATCH), cell)
 
 
 def seen_of(todo: cells.Todo, judge: Callable) -> dict[str, Any]:

@@ -103,10 +103,11 @@ def todo_of(store: Store, method: str, n: int, judge: Callable, tag: str) -> cel
     code = cells.code_of(ROWS[method][1])
     batches = [Batch(number, method, store.settings.cfg, code) for number in range(n)]
 
-    def marks(number: int, images: np.ndarray) -> list[float]:
-        return [one["look"] for one in judged(images, batches[number], judge)]
+    def seen(number: int, images: np.ndarray) -> dict[str, list[float]]:
+        made = judged(images, batches[number], judge)
+        return {"right": [one["look"] for one in made], "apart": [one["apart"] for one in made]}
 
-    return cells.Todo(store, f"{batches[0].key} {n} {tag}", [batch.job for batch in batches], marks, batches)
+    return cells.Todo(store, f"{batches[0].key} {n} {tag}", [batch.job for batch in batches], seen, batches)
 
 
 def seen_of(todo: cells.Todo, judge: Callable) -> dict[str, Any]:

@@ -376,12 +376,15 @@ def test_a_kept_row_of_other_code_is_painted_again_in_part(store, monkeypatch):
     todo = todo_of(later, judge=Steady)
     assert cells.done([todo], bench.Options(check=True), quiet) == [todo]
     assert later.older == [] and later.scores(CELL, None, "one") == first
+    true = later.kept.rows[todo.key]
     assert [job.first for job in later.missing(todo.jobs)] == [4, 8], "the first batch was painted, and no other"
 
-    untrue = dict(later.kept.rows[todo.key], right=[1.0 - mark for mark in first.right], code="still another")
-    later.kept.put(todo.key, untrue)
-    assert cells.done([todo], bench.Options(check=True, until=0.0), quiet) == []
-    assert later.kept.rows == {}
+    for what in ("right", "saturation"):
+        untrue = dict(later.kept.rows.get(todo.key, true), code="still another")
+        later.kept.put(todo.key, untrue | {what: [1.0 - value for value in untrue[what]]})
+        assert cells.done([todo], bench.Options(check=True, until=0.0), quiet) == [todo], "no time to look"
+        todo.check()
+        assert later.kept.rows == {}, what
 
 
 def test_a_check_goes_on_until_there_are_marks_and_a_row_that_nothing_tells_is_dropped(store, monkeypatch):
@@ -390,7 +393,7 @@ def test_a_check_goes_on_until_there_are_marks_and_a_row_that_nothing_tells_is_d
 
     def checked(marks) -> tuple[bool, list[int]]:
         seen: list[int] = []
-        todo = cells.Todo(store, "row", some, lambda number, images: seen.append(number) or marks(number))
+        todo = cells.Todo(store, "row", some, lambda number, images: seen.append(number) or {"right": marks(number)})
         store.kept.put("row", {"right": [1.0, 0.0, 1.0, 0.0, 1.0, 0.0], "code": "another", "commit": "c"})
         todo.check()
         return todo.kept, seen

@@ -36,8 +36,11 @@ def test_a_share_of_the_work_does_not_write(tmp_path):
 @pytest.mark.parametrize(("wrong", "batch", "same"), [(0, 32, True), (2, 32, True), (3, 32, False), (0, 4, True),
                                                       (1, 4, False)])
 def test_a_batch_agrees_but_for_what_rounding_explains(wrong, batch, same):
-    now = [1.0] * batch
-    assert agree([0.0] * wrong + now[wrong:], now + [0.0] * 100) is same
+    now, more = [1.0] * batch, [0.0] * 100
+    assert agree({"right": [0.0] * wrong + now[wrong:]}, {"right": now + more}) is same
+    alike, off = [0.3, math.nan] * (batch // 2), [0.302] * wrong
+    assert agree({"right": now, "saturation": off + alike[wrong:]},
+                 {"right": now + more, "saturation": [0.30001, math.nan] * (batch // 2) + more}) is same
 
 
 def test_numbers_keep_five_digits():
