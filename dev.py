@@ -330,7 +330,10 @@ def find_host(args: argparse.Namespace) -> Host:
     path = args.comfyui or os.environ.get("COMFYUI_PATH")
     if path and Path(path).resolve().parent != cache_dir().resolve():
         return user_host(Path(path))
-    python, version = environment(), tree_version(Path(path)) if path else args.version  # a path we set ourselves
+    version = tree_version(Path(path)) if path else args.version  # a path we set ourselves
+    if version not in SOURCES:
+        raise Problem(f"COMFYUI_PATH is {path}, of an earlier dev.py; this one knows {' and '.join(SOURCES)}: unset it")
+    python = environment()
     return Host(comfyui(version, python), python, version)
 
 
@@ -708,7 +711,14 @@ def call(command: list[str], env: dict[str, str] | None = None) -> int:
 
 
 def command_bench(args: argparse.Namespace, rest: list[str]) -> int:
-    return command_python(args, ["-m", "bench", *rest])
+    host = find_host(args)
+    if host.foreign:  # before hours of painting, not after
+        check = "import importlib.util as u; print(*(n for n in ('matplotlib', 'scipy') if u.find_spec(n) is None))"
+        lacking = subprocess.run([str(host.python), "-c", check], capture_output=True, text=True).stdout.split()
+        if lacking:
+            raise Problem(f"the tables need {' and '.join(lacking)}, which {host.python} lacks: "
+                          f"{host.python} -m pip install {' '.join(lacking)}")
+    return call([str(host.python), "-m", "bench", *rest], child_env(host))
 
 
 def command_matrix(args: argparse.Namespace, rest: list[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import sys
 from pathlib import Path
@@ -21,16 +22,20 @@ def comfyui_version() -> str | None:
         return __version__
     except ImportError:
         pass
-    file = Path(__file__).absolute().parents[2] / "comfyui_version.py"
-    found = re.search(r'__version__ = "([^"]+)"', file.read_text(encoding="utf-8")) if file.is_file() else None
-    return found[1] if found else None
+    above = Path(__file__).absolute().parents[2]
+    for tree in (Path(os.environ.get("COMFYUI_PATH") or above), above):  # the Manager says where ComfyUI is
+        file = tree / "comfyui_version.py"
+        if file.is_file() and (found := re.search(r'__version__ = "([^"]+)"', file.read_text(encoding="utf-8"))):
+            return found[1]
+    return None
 
 
 def report() -> list[str]:
     version = comfyui_version()
     lines = []
     if version is None:
-        lines.append("ComfyUI was not found from here: put this folder into ComfyUI's custom_nodes.")
+        lines.append("Which ComfyUI will load this cannot be told from here: it must be "
+                     f"{'.'.join(map(str, FLOOR))} or newer, and this folder in its custom_nodes.")
     elif tuple(int(n) for n in re.findall(r"\d+", version)[:3]) < FLOOR:
         lines.append(f"ComfyUI {version} is too old, {'.'.join(map(str, FLOOR))} is the oldest that works: update it.")
     else:

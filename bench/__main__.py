@@ -22,7 +22,10 @@ TABLES = {
     "calibrate": ("calibrate", "how well the demo models draw what is common and rare, plain CFG alone"),
 }
 
-WHOLE = ("exact", "cost", "memory", "import")  # tables of one piece
+#: What a table has a use for, beside --quick, --threads and --out.
+PAINTED = {"model", "n", "shard", "precision", "minutes", "work", "check"}
+READS = dict.fromkeys(TABLES, PAINTED) | {
+    "rare": PAINTED | {"split"}, "exact": {"n"}, "cost": {"model", "minutes"}, "memory": set(), "import": set()}
 
 
 def part(text: str) -> tuple[int, int]:
@@ -56,8 +59,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.n is not None and args.n < 1:
         parser.error("--n must be at least 1")
-    if args.shard[1] > 1 and args.table in WHOLE:
-        parser.error(f"--shard: the table {args.table} has no shares, it is measured in one piece")
+    given = {name for name in PAINTED | {"split"} if getattr(args, name) != parser.get_default(name)}
+    if unread := sorted(given - READS[args.table]):
+        parser.error(f"the table {args.table} has no use for --{', --'.join(unread)}")
+    if args.check and args.shard[1] > 1:
+        parser.error("--check: a share of the work does not change what is kept; check first, then share what is left")
     stems = [Path(name).stem for name in args.model]
     if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
         parser.error(f"--model: two models are called {', '.join(twice)}; measure them one after the other")
@@ -69,8 +75,9 @@ def main() -> None:
         torch.set_num_threads(threads)
     started = time.time()
     until = math.inf if args.minutes is None else time.monotonic() + 60 * args.minutes
+    kept = None if args.quick or args.n and not args.out else (args.out or RESULTS) / "kept"
     options = Options(args.quick, tuple(args.model), args.n, args.split, args.shard, args.work, args.precision,
-                      until, None if args.quick else (args.out or RESULTS) / "kept", args.check)
+                      until, kept, args.check)
     table = importlib.import_module(f".{TABLES[args.table][0]}", __package__).main(options)
     table.facts |= facts(started, args.quick)
     print(table.markdown())

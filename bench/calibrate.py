@@ -40,7 +40,7 @@ def row(model: str, cell: cells.Cell, scores: cells.Scores) -> dict:
 def main(options: Options) -> Table:
     from rudder.demo.judge import load
 
-    judge, tag, rows, missing, older = load(), cells.digest_of_judge(), [], 0, []
+    judge, tag, rows, missing, notes = load(), cells.tag_of_scores(), [], 0, []
     n = options.n or (8 if options.quick else 128)
     with cells.workplace(options) as work:
         for file in files(options.models):
@@ -53,16 +53,17 @@ def main(options: Options) -> Table:
             todo = [cells.Todo.of(store, cell, cells.jobs(cell), judge, tag) for cell in mine]
             ready = cells.done(todo, options)
             rows += [row(store.painter.name, done.what, store.scores(done.what, judge, tag)) for done in ready]
-            missing, older, about = missing + len(todo) - len(ready), older + store.older, store.about
+            missing += len(todo) - len(ready)
+            notes += [f"{store.painter.name} ({store.painter.digest}): {store.about}.", *store.older]
     at = {(r["model"], r["category"], r["cfg"]): r["accuracy"].value for r in rows}
     for r in rows:
         control = at.get((r["model"], CONTROL.get(r["category"]), r["cfg"]))
         if control is not None:
             r["drop"] = control - r["accuracy"].value
     return Table("calibrate", "What the demo models draw with plain CFG", COLUMNS, rows, [
-        f"Prompts like 'a spiky red crescent' of the half 'dev', {n} pictures a row, {about}. Right: shape and "
-        "attribute (texture, relation) as the judge reads them. Intervals: 95 % bootstrap, clustered by prompt.",
-        *([] if options.quick else verdict(rows)), *older, *cells.unpainted(missing),
+        f"Prompts like 'a spiky red crescent' of the half 'dev', {n} pictures a row. Right: shape and attribute "
+        "(texture, relation) as the judge reads them. Intervals: 95 % bootstrap, clustered by prompt.",
+        *([] if options.quick else verdict(rows)), *notes, *cells.unpainted(missing),
     ])
 
 

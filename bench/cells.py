@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -20,6 +21,7 @@ import re
 import statistics
 import sys
 import tempfile
+import textwrap
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -380,6 +382,17 @@ def digest_of_judge() -> str:
 
     content = judge.DEFAULT.read_bytes() + Path(judge.__file__).read_bytes()
     return hashlib.sha256(content).hexdigest()[:12]
+
+
+def tag_of(*parts: Any) -> str:
+    """Of the judge, and of the modules and functions through which a table sees pictures, without comments."""
+    trees = [ast.dump(ast.parse(textwrap.dedent(inspect.getsource(part)))) for part in parts]
+    return hashlib.sha256("\n".join([digest_of_judge(), *trees]).encode()).hexdigest()[:12]
+
+
+def tag_of_scores() -> str:
+    """Of what :func:`score` sees."""
+    return tag_of(measures, score, marks)
 
 
 def paint_all(

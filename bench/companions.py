@@ -34,7 +34,10 @@ def git(command: str, name: str) -> subprocess.CompletedProcess:
 
 def has_worse(name: str) -> bool:
     """Whether there is a worse version of that model, and this clone holds it."""
-    return name in WORSE and git("cat-file -e", name).returncode == 0
+    try:
+        return name in WORSE and git("cat-file -e", name).returncode == 0
+    except OSError:  # no git here
+        return False
 
 
 @lru_cache(maxsize=2)

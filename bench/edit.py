@@ -295,8 +295,8 @@ def main(options: Options) -> Table:
     rows, sheets, left_out, missing = [], {}, {}, 0
     with cells.workplace(options) as work:
         stores = [cells.open_store(work, file, options, "edit") for file in files(options.models)]
-        todo = {(store, key): todo_of(store, key, n, reader, cells.digest_of_judge())
-                for store in stores for key in ROWS}
+        tag = cells.tag_of(measures, edits, judged)
+        todo = {(store, key): todo_of(store, key, n, reader, tag) for store in stores for key in ROWS}
         ready = cells.done(list(todo.values()), options)
         for store in stores:
             found = {key: made_of(one, reader) for key in ROWS if (one := todo[store, key]) in ready}

@@ -240,7 +240,7 @@ def by_pair_rows(found: Found, model: str, split: str) -> list[dict]:
 def main(options: Options) -> Table:
     from rudder.demo import judge
 
-    reader, tag = judge.load(), cells.digest_of_judge()
+    reader, tag = judge.load(), cells.tag_of_scores()
     n = options.n or (8 if options.quick else 512)
     with cells.workplace(options) as work:
         name = "rare" if options.split == "final" else "rare-dev"

@@ -82,7 +82,8 @@ def seen_of(todo: cells.Todo, judge: Callable) -> dict[str, Any]:
 def main(options: Options) -> Table:
     from rudder.demo import judge
 
-    reader, tag, n = judge.load(), cells.digest_of_judge(), options.n or (2 if options.quick else 48)
+    reader, tag = judge.load(), cells.tag_of(shrunk, judged)
+    n = options.n or (2 if options.quick else 48)
     rows, missing, older = [], 0, []
     with cells.workplace(options) as work:
         for store in [cells.open_store(work, file, options, "sizes") for file in files(options.models)]:

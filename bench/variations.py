@@ -142,7 +142,8 @@ def row(model: str, method: str, seen: dict[str, Any], plain: dict[str, Any] | N
 def main(options: Options) -> Table:
     from rudder.demo import judge
 
-    reader, tag, n = judge.load(), cells.digest_of_judge(), options.n or (2 if options.quick else 48)
+    reader, tag = judge.load(), cells.tag_of(measures, judged)
+    n = options.n or (2 if options.quick else 48)
     rows, missing, older = [], 0, []
     with cells.workplace(options) as work:
         for store in [cells.open_store(work, file, options, "variations") for file in files(options.models)]:

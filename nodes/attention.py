@@ -8,7 +8,7 @@ from ..guidance.contrast import BLOCKS, PerturbedAttention, SmoothedEnergy
 from ..guidance.entropy import AttentionEntropy
 from ..guidance.sag import SelfAttentionGuidance
 from ..host import trained_cells
-from .guidance import CATEGORY, blocks_input, model_input, model_output, patched, window_inputs
+from .guidance import CATEGORY, blocks_input, model_input, model_output, named, patched, window_inputs
 
 
 def contrast_blocks() -> io.String.Input:
@@ -48,7 +48,7 @@ class RudderPAG(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, strength, blocks, start_percent, end_percent) -> io.NodeOutput:
-        where = {"blocks": blocks.strip() or BLOCKS, "start": start_percent, "end": end_percent}
+        where = {"blocks": named(blocks) or BLOCKS, "start": start_percent, "end": end_percent}
         return patched(model, PerturbedAttention(strength=strength, **where))
 
 
@@ -82,7 +82,7 @@ class RudderSEG(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, strength, sigma, blocks, start_percent, end_percent) -> io.NodeOutput:
-        where = {"blocks": blocks.strip() or BLOCKS, "start": start_percent, "end": end_percent}
+        where = {"blocks": named(blocks) or BLOCKS, "start": start_percent, "end": end_percent}
         return patched(model, SmoothedEnergy(strength=strength, sigma=sigma, **where))
 
 
@@ -120,7 +120,7 @@ class RudderSAG(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, strength, blur_sigma, blocks, start_percent, end_percent) -> io.NodeOutput:
-        where = {"blocks": blocks.strip(), "start": start_percent, "end": end_percent}
+        where = {"blocks": named(blocks), "start": start_percent, "end": end_percent}
         return patched(model, SelfAttentionGuidance(strength=strength, sigma=blur_sigma, **where))
 
 
@@ -164,7 +164,7 @@ class RudderAttentionEntropy(io.ComfyNode):
     def execute(
         cls, model, trained_width, trained_height, count_text, blocks, start_percent, end_percent
     ) -> io.NodeOutput:
-        where = {"blocks": blocks.strip(), "start": start_percent, "end": end_percent}
+        where = {"blocks": named(blocks), "start": start_percent, "end": end_percent}
         trained = trained_cells(model, trained_width, trained_height)
         return patched(model, AttentionEntropy(trained=trained, text=count_text, **where))
 

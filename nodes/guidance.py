@@ -43,6 +43,11 @@ def blocks_input(tooltip: str) -> io.String.Input:
     return io.String.Input("blocks", default="", advanced=True, tooltip=tooltip)
 
 
+def named(blocks: str) -> str:
+    """What was typed into a field of blocks: empty where it names none."""
+    return blocks.strip(", \t\r\n")
+
+
 def anchor_input() -> io.Conditioning.Input:
     return io.Conditioning.Input(
         "anchor",

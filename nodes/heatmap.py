@@ -30,8 +30,12 @@ def heat_maps(maps: dict[str, torch.Tensor], columns: Sequence[str], title: str)
     ``maps``: by the row's label, ``[columns, t, h, w]``.
 
     Raises:
-        ValueError: too many maps for one picture.
+        ValueError: too many maps for one picture, or one that is not of numbers.
     """
+    for label, row in maps.items():
+        if not bool(row.isfinite().all()):
+            raise ValueError(f"The attention of {label} holds NaN or infinite values: the model overflows in half "
+                             "precision. Start ComfyUI with --fp32-unet (or --bf16-unet), and look at its pictures.")
     if len(maps) * len(columns) > MOST:
         raise ValueError(f"{len(maps)} sites with {len(columns)} maps each are too many for one picture (at most "
                          f"{MOST} maps). Name fewer blocks or tokens.")

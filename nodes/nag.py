@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..guidance.contract import Prompt
 from ..guidance.nag import NAG
-from .guidance import CATEGORY, model_input, model_output, patched, share_input
+from .guidance import CATEGORY, model_input, model_output, named, patched, share_input
 from .reference import named_blocks
 
 
@@ -57,8 +57,8 @@ class RudderNAG(io.ComfyNode):
     @classmethod
     def execute(cls, model, negative, scale, tau, alpha, blocks, start_percent, end_percent) -> io.NodeOutput:
         return patched(model, NAG(
-            negative=Prompt(negative, "negative", negative=True), strength=scale, tau=tau, alpha=alpha, blocks=blocks,
-            start=start_percent, end=end_percent,
+            negative=Prompt(negative, "negative", negative=True), strength=scale, tau=tau, alpha=alpha,
+            blocks=named(blocks), start=start_percent, end=end_percent,
         ))  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from ..attention.operations import MODES, RENORM
 from ..guidance.local_blend import LocalBlend
 from ..guidance.prompt_to_prompt import PromptToPrompt
 from .edit_batch import EditPromptsType, phrases
-from .guidance import CATEGORY, blocks_input, model_output, patched, share_input
+from .guidance import CATEGORY, blocks_input, model_output, named, patched, share_input
 
 
 def inputs() -> list:
@@ -167,7 +167,7 @@ class RudderLocalBlend(io.ComfyNode):
     ) -> io.NodeOutput:
         return patched(model, LocalBlend(
             edit=prompts, words=phrases(words), threshold=threshold, blend_start=start_percent, tokens=tokens,
-            blocks=blocks, end=end_percent,
+            blocks=named(blocks), end=end_percent,
         ))  # fmt: skip
 
 

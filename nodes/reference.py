@@ -9,7 +9,7 @@ from ..guidance.features import PlugAndPlay
 from ..guidance.mutual import MasaCtrl
 from ..guidance.rival import RIVAL
 from .edit_batch import EditPromptsType, phrases
-from .guidance import CATEGORY, blocks_input, model_input, model_output, patched, share_input, window_inputs
+from .guidance import CATEGORY, blocks_input, model_input, model_output, named, patched, share_input, window_inputs
 
 ROWS = "Needs a batch of the source and its edits: the node Source and Edits makes it. No extra model evaluations."
 
@@ -85,7 +85,7 @@ class RudderMasaCtrl(io.ComfyNode):
                              "give its mask alone.")
         masks = None if source is None else Masks(source[:1], source[:1] if edits is None else edits)
         return patched(model, MasaCtrl(
-            depth=start_depth, union=union, masks=masks, blocks=blocks, start=start_percent, end=end_percent,
+            depth=start_depth, union=union, masks=masks, blocks=named(blocks), start=start_percent, end=end_percent,
             edit=prompts, words=phrases(words),
         ))  # fmt: skip
 
@@ -132,8 +132,8 @@ class RudderPlugAndPlay(io.ComfyNode):
         cls, model, attention_percent, feature_percent, blocks, feature_block, start_percent, end_percent
     ) -> io.NodeOutput:
         return patched(model, PlugAndPlay(
-            attention_until=attention_percent, feature_until=feature_percent, blocks=blocks, feature=feature_block,
-            start=start_percent, end=end_percent,
+            attention_until=attention_percent, feature_until=feature_percent,
+            blocks=named(blocks), feature=named(feature_block), start=start_percent, end=end_percent,
         ))  # fmt: skip
 
 
@@ -169,7 +169,8 @@ class RudderRIVAL(io.ComfyNode):
     @classmethod
     def execute(cls, model, align_percent, early_percent, blocks, start_percent, end_percent) -> io.NodeOutput:
         return patched(model, RIVAL(
-            align_until=align_percent, early_until=early_percent, blocks=blocks, start=start_percent, end=end_percent,
+            align_until=align_percent, early_until=early_percent, blocks=named(blocks),
+            start=start_percent, end=end_percent,
         ))  # fmt: skip
 
 

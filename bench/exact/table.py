@@ -1,7 +1,7 @@
 """The table `exact`: every guidance method in every world, at seven weights, against the true law of the prompt.
 
 All methods of a world start from the same noise and are measured against the same true samples, in batches of ``size``;
-the intervals are bootstrapped over the batches. The rows "true samples" measure a second, independent draw of the truth
+the intervals are of the batches' mean. The rows "true samples" measure a second, independent draw of the truth
 in the same way: no method can be expected to do better.
 """
 
@@ -40,6 +40,7 @@ KINDS = (Parametrisation.EPS, Parametrisation.FLOW)
 WEIGHTS = (1.0, 2.0, 3.0, 5.0, 7.5, 9.0, 12.0)
 INTERVAL = (0.28, 5.42)  # Kynkaanniemi et al. 2404.07724, SDXL
 FLOOR = "true samples"
+LEAST = 16  # samples of a batch: of fewer a transport distance says little
 MEASURES = {
     "w2": ("W2", ".2f"), "sliced": ("sliced W2", ".2f"), "coverage": ("modes off by (TV)", ".2f"),
     "right": ("right concept", ".2f"), "inside": ("inside a right mode", ".2f"), "spread": ("spread / true", ".2f"),
@@ -112,6 +113,11 @@ class Plan:
     @property
     def count(self) -> int:
         return self.batches * self.size
+
+    def of(self, count: int) -> Plan:
+        """At least ``count`` samples, in as many batches or more, which intervals are made of."""
+        size = min(self.size, max(-(-count // self.batches), LEAST))
+        return replace(self, size=size, batches=max(self.batches, -(-count // size)))
 
 
 QUICK = Plan(batches=3, size=96, steps=12, weights=(1.0, 12.0), shown=12.0, truths=5_000)
@@ -194,7 +200,7 @@ def save_distances(world: World, rows: list[dict[str, Any]], path: Path) -> None
 def main(options: Options) -> Table:
     plan = QUICK if options.quick else Plan()
     if options.n:
-        plan = replace(plan, size=min(plan.size, options.n), batches=max(options.n // plan.size, 1))
+        plan = plan.of(options.n)
     columns = {"model": ("model", ""), "method": ("method", ""), "cfg": ("cfg", "g"), **MEASURES,
                "evaluations": ("evaluations a step", ".2f")}  # fmt: skip
     worlds = [make() for make in WORLDS.values()]
@@ -221,7 +227,7 @@ def main(options: Options) -> Table:
             "samples. All weights are in the tables of the worlds below.",
             f"Samples: KSampler, euler, normal schedule, {plan.steps} steps; {plan.batches} batches of {plan.size} a "
             "row, the same noise and the same true samples for every row of a world.",
-            "In brackets: 95 % bootstrap interval of the mean over the batches.",
+            "In brackets: 95 % interval of the mean over the batches (Student's t).",
             f"'{FLOOR}': as many more samples of the truth itself, the floor of every column.",
             "eps: epsilon prediction on SD's noise schedule; flow: rectified flow with SD3's shift of 3.",
             f"Guidance Interval: the paper's SDXL window ({INTERVAL[0]:g}, {INTERVAL[1]:g}] in eps, the same "

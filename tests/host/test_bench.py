@@ -128,8 +128,11 @@ def test_the_import_table_from_the_command_line(tmp_path):
 
 def test_bad_input_is_explained():
     assert "COMFYUI_PATH; `python3 dev.py bench` sets it" in command("cost", "--quick", COMFYUI_PATH="/nowhere").stderr
-    unknown = command("costs")
-    assert unknown.returncode == 2 and "invalid choice: 'costs'" in unknown.stderr
+    for line, why in (("costs", "invalid choice: 'costs'"), ("cost --precision bf16", "no use for --precision"),
+                      ("edit --split final", "no use for --split"), ("exact --shard 0/2", "no use for --shard"),
+                      ("rare --check --shard 0/2", "a share of the work does not change what is kept")):
+        said = command(*line.split())
+        assert said.returncode == 2 and why in said.stderr, line
 
 # ---------------------------------------------------------------- pictures, cells and the tables made of them
 

@@ -155,3 +155,9 @@ def test_the_table_is_saved_with_its_plots(quick, tmp_path):
     record = json.loads((tmp_path / "exact.json").read_text(encoding="utf-8"))
     assert [part["table"] for part in record["parts"]] == [f"exact-{world}" for world in WORLDS]
     assert set(record["parts"][0]["rows"][0]["w2"]) == {"value", "low", "high"}
+
+
+@pytest.mark.parametrize(("count", "batches", "size"), [(1, 12, 16), (300, 12, 25), (3072, 12, 256), (4000, 16, 256)])
+def test_fewer_samples_keep_the_batches_that_intervals_are_made_of(count, batches, size):
+    plan = table.Plan().of(count)
+    assert (plan.batches, plan.size) == (batches, size) and plan.count >= count

@@ -62,3 +62,5 @@ def test_a_transformer_says_that_the_residual_rests(caplog):
 def test_the_node(unet):
     (model,) = call(RudderPlugAndPlay, model=unet, feature_block="output.1", blocks="middle")
     assert plan_of(model.model_options) == (PlugAndPlay(feature="output.1", blocks="middle"),)
+    (model,) = call(RudderPlugAndPlay, model=unet, feature_block=" ", blocks=" , ")
+    assert plan_of(model.model_options) == (PlugAndPlay(feature="", blocks=""),), "blanks name no block"

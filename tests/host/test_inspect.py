@@ -122,4 +122,6 @@ def test_many_sizes_and_constant_maps_are_drawn():
     assert picture.width > 3 * 5 * 6 * 24 and picture.height > 3 * 144
     with pytest.raises(ValueError, match="Name fewer blocks or tokens"):
         heat_maps({str(i): torch.rand(9, 1, 2, 2) for i in range(50)}, [str(i) for i in range(9)], "")
+    with pytest.raises(ValueError, match="middle.0 self holds NaN .* half precision"):
+        heat_maps({"middle.0 self": torch.full((1, 1, 2, 2), torch.nan)}, ["x"], "")
     assert table_picture("name  kind   grid\na     cross  2 x 3\nbb           4 x 5").height > 60

@@ -221,8 +221,8 @@ def test_the_node():
     (method,) = plan_of(model.model_options)
     assert (method.start, method.depth, method.union) == (0.08, 0.625, False)
     assert torch.equal(method.masks.edits, ONES) and plan_of(unet.model_options) == ()
-    (model,) = call(RudderMasaCtrl, model=unet, prompts=PROMPTS, words="dog, cat")
-    assert plan_of(model.model_options)[0].seen.tokens == [[2], [2]]
+    (model,) = call(RudderMasaCtrl, model=unet, prompts=PROMPTS, words="dog, cat", blocks=" ")
+    assert plan_of(model.model_options)[0].seen.tokens == [[2], [2]] and plan_of(model.model_options)[0].blocks == ""
     (model,) = call(RudderMasaCtrl, model=unet, source_mask=ONES[0], edit_mask=ONES[0])  # as some nodes give them
     assert plan_of(model.model_options)[0].masks.source.shape == plan_of(model.model_options)[0].masks.edits.shape == (
         1, *ONES.shape[1:])

@@ -226,6 +226,26 @@ def test_an_old_installation_is_refused(dev, tmp_path):
         dev.user_host(tmp_path / "elsewhere")
 
 
+def test_a_tree_of_an_earlier_dev_is_explained(dev, tmp_path, monkeypatch):
+    monkeypatch.setenv("RUDDER_CACHE", str(tmp_path))
+    monkeypatch.setenv("COMFYUI_PATH", str(installation(tmp_path / "comfyui-0.29.0-1", "0.29.0")))
+    with pytest.raises(dev.Problem, match="of an earlier dev.py; this one knows 0.30.0 and 0.18.2: unset it"):
+        dev.find_host(dev.parser().parse_args(["run"]))
+
+
+@posix
+def test_bench_names_what_an_installation_lacks_before_it_paints(dev, tmp_path, monkeypatch):
+    tree, called = installation(tmp_path / "ComfyUI", "0.30.0"), []
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "$@"\n', "utf-8")
+    bare.chmod(0o755)
+    monkeypatch.setattr(dev, "call", lambda command, env: called.append(command) or 0)
+    for python, code in ((bare, 1), (Path(sys.executable), 0)):
+        monkeypatch.setattr(dev, "environment", lambda *_, python=python: python)
+        assert dev.main(["bench", "--comfyui", str(tree), "rare"]) == code
+    assert len(called) == 1 and called[0][1:] == ["-m", "bench", "rare"]
+
+
 def test_the_pack_is_linked_once(dev, tmp_path):
     for _ in range(2):
         dev.link_pack(tmp_path / "custom_nodes")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -100,7 +101,8 @@ def test_the_registry_gets_what_users_need_and_no_more(project, tmp_path, monkey
 
 @pytest.mark.parametrize(
     ("version", "says"),
-    [("0.30.0", "0.30.0: good"), ("0.18.2", "good"), ("0.3.64", "too old"), (None, "not found"), ("", "could not")],
+    [("0.30.0", "0.30.0: good"), ("0.18.2", "good"), ("0.3.64", "too old"), (None, "cannot be told from here"),
+     ("", "could not")],
 )
 def test_install_reports_and_never_fails(tmp_path, version, says):
     pack = tmp_path / "custom_nodes" / "comfyui-rudder"
@@ -110,12 +112,24 @@ def test_install_reports_and_never_fails(tmp_path, version, says):
         (tmp_path / "comfyui_version.py").write_text(f'__version__ = "{version}"\n' if version else "\xff", "latin-1")
     before = sorted(tmp_path.rglob("*"))
     said = subprocess.run(
-        [sys.executable, "-I", "-S", "-B", pack / "install.py"], capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, "-I", "-S", "-B", pack / "install.py"], capture_output=True, text=True, cwd=tmp_path,
+        env={k: v for k, v in os.environ.items() if k != "COMFYUI_PATH"},
     )
     assert said.returncode == 0 and says in said.stdout and not said.stderr
     assert sorted(tmp_path.rglob("*")) == before
     if version:
         assert "insightface is not installed" in said.stdout
+
+
+def test_install_believes_the_manager_where_custom_nodes_lies_elsewhere(tmp_path):
+    for folder in ("base/custom_nodes/comfyui-rudder", "ComfyUI"):
+        (tmp_path / folder).mkdir(parents=True)
+    pack = tmp_path / "base" / "custom_nodes" / "comfyui-rudder" / "install.py"
+    pack.write_bytes((ROOT / "install.py").read_bytes())
+    (tmp_path / "ComfyUI" / "comfyui_version.py").write_text('__version__ = "0.30.0"\n', "utf-8")
+    env = {**os.environ, "COMFYUI_PATH": str(tmp_path / "ComfyUI")}
+    said = subprocess.run([sys.executable, "-S", "-B", pack], capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert "ComfyUI 0.30.0: good" in said.stdout
 
 
 def test_the_gallery_knows_every_workflow():
