@@ -133,13 +133,13 @@ class Table:
 
 
 def plain(value: Any) -> Any:
-    """A dataclass in a row, such as an interval, for JSON.
+    """A dataclass in a row, such as an interval, for JSON; an end that it does not have is null.
 
     Raises:
         TypeError: anything else.
     """
     if is_dataclass(value) and not isinstance(value, type):
-        return asdict(value)
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(value).items()}
     raise TypeError(f"{type(value).__name__} does not go into JSON")
 
 

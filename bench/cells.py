@@ -12,8 +12,10 @@ code, all of them hashed into its name. What the judge saw outlives the pictures
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import inspect
+import io
 import json
 import math
 import os
@@ -21,8 +23,8 @@ import re
 import statistics
 import sys
 import tempfile
-import textwrap
 import time
+import tokenize
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -114,10 +116,21 @@ def jobs(cell: Cell, methods: Methods | None = None, **more: Any) -> list[Job]:
     return [Job(cell, methods, first, min(first + BATCH, cell.n), more) for first in range(0, cell.n, BATCH)]
 
 
+@functools.cache
+def essence(code: str) -> str:
+    """Python code without comments and blank lines: the same on every version of Python, unlike a tree of it."""
+    lines = code.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(code).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    return "\n".join(line.rstrip() for line in lines if line.strip())
+
+
 def code_digest() -> str:
-    """Of CODE, without comments and layout."""
-    trees = [ast.dump(ast.parse((ROOT / file).read_text(encoding="utf-8"))) for file in CODE]
-    return hashlib.sha256("\n".join(trees).encode()).hexdigest()
+    """Of CODE, without comments."""
+    texts = [essence((ROOT / file).read_text(encoding="utf-8")) for file in CODE]
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
 def code_of(parts: Sequence[Any]) -> str:
@@ -129,9 +142,9 @@ def code_of(parts: Sequence[Any]) -> str:
     inside = [value for part in parts for value in vars(part).values() if is_dataclass(value)]
     for part in (*parts, *inside):
         collect(Path(sys.modules[part.__module__].__file__).resolve(), files)
-    trees = [ast.dump(ast.parse(f.read_text(encoding="utf-8"))) for f in sorted(files)]
+    texts = [essence(f.read_text(encoding="utf-8")) for f in sorted(files)]
     settings = re.sub(r" at 0x[0-9a-f]+", "", repr(parts))
-    return hashlib.sha256("\n".join([settings, *trees]).encode()).hexdigest()[:8]
+    return hashlib.sha256("\n".join([settings, *texts]).encode()).hexdigest()[:8]
 
 
 def collect(file: Path, found: set[Path]) -> None:
@@ -386,8 +399,8 @@ def digest_of_judge() -> str:
 
 def tag_of(*parts: Any) -> str:
     """Of the judge, and of the modules and functions through which a table sees pictures, without comments."""
-    trees = [ast.dump(ast.parse(textwrap.dedent(inspect.getsource(part)))) for part in parts]
-    return hashlib.sha256("\n".join([digest_of_judge(), *trees]).encode()).hexdigest()[:12]
+    texts = [essence(inspect.getsource(part)) for part in parts]
+    return hashlib.sha256("\n".join([digest_of_judge(), *texts]).encode()).hexdigest()[:12]
 
 
 def tag_of_scores() -> str:

@@ -53,12 +53,13 @@ from rudder.inversion.cfg_pp import CFGPP
 from rudder.inversion.w2sd import W2SD
 from rudder.nodes.guidance_feedback import opened
 
-from . import Options, Table, cells, companions, rare, seen
+from . import Options, Table, cells, companions, rare, rareshapes, seen
 from .cells import Cell, Store, Unprompted
 from .exact.table import window
 from .generate import SETTINGS, files
 from .negative import AsUncond
 from .seen import HIGH, MARGIN, Seen
+from .stats import difference
 
 CATEGORIES = ("frequent", "ordinary")  # the mixture, half and half
 SPLIT = "dev"
@@ -332,6 +333,25 @@ def fronts(found: Found) -> list[str]:
     return out
 
 
+def not_by_pair(found: Found) -> list[str]:
+    """Which differences in what is right are told by other colours and seeds of these pairs, and not by the pairs."""
+    pair = {p.text: p.pair for category in CATEGORIES for p in rareshapes.prompts(category, SPLIT)}
+    out = []
+    for model in found.models:
+        said, of = [], found.of(model)
+        for (key, cfg), s in of.items():
+            plain = of.get((PLAIN, cfg))
+            if plain is None or plain is s or not seen.more_right(s, plain).apart():
+                continue
+            wide = difference(s.right, plain.right, [pair[text] for text in s.prompts], seen.generator()) * 100
+            if not wide.apart():
+                said.append(f"{ROWS[key].name} at {cfg:g} ({wide.low:+.0f} .. {wide.high:+.0f})")
+        if said:
+            out.append(f"Above or below CFG in what is right, but not when the pairs are the clusters, {model}: "
+                       f"{', '.join(said)}.")
+    return out
+
+
 def expectations(found: Found) -> list[str]:
     """What was expected of saturation and of evaluations before the first run (of diversity: ``variety``), each
     confirmed, refuted or undecided."""
@@ -397,7 +417,7 @@ def notes(found: Found, options: Options, n: int, stores: Sequence[Store], missi
         "worlds it runs in one large batch, so its evaluations there are an upper bound.",
         f"Equal accuracy: the interval of the difference ends no lower than {-MARGIN:g} points. Confirmed or refuted "
         "where intervals decide, else undecided.",
-        *fronts(found), *([] if options.quick else expectations(found)),
+        *fronts(found), *([] if options.quick else not_by_pair(found) + expectations(found)),
     ]
     out += [f"{s.painter.name} has no row of AutoGuidance but kept ones: its worse version is in the history of the "
             "repository, which this clone lacks." for s in stores if not possible(s, "autoguidance")]

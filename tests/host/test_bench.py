@@ -479,13 +479,20 @@ def test_the_rare_table(demo_files, stand_in, tmp_path):
     table = rare.main(options)
     wanted = {(f"shapes-{kind}", c, rare.ROWS[m].name, a or "none")
               for kind in demo_files for c, m, a in rare.plan(True)}
-    part, pairs = table.parts
+    part, by_pair, pairs = table.parts
     assert {(r["model"], r["category"], r["method"], r["anchor"]) for r in part.rows} == wanted
     for row in table.rows:
         key = next(key for key, one in rare.ROWS.items() if one.name == row["method"])
         mine = [r for r in pairs.rows if (r["model"], r["category"]) == (row["model"], "property")]
         if key in rare.PAIRS:
             assert sum(r["n"] * r[key] for r in mine) == pytest.approx(2 * row["property"].value)
+    assert {(r["model"], r["method"], r["above"]) for r in by_pair.rows} >= {
+        (f"shapes-{kind}", m, a) for kind in demo_files for m, a in (("AAPB", "CFG"), ("AAPB", "R2F"), ("R2F", "CFG"))}
+    for row in by_pair.rows:
+        mine, other = (next(r for r in table.rows if (r["model"], r["method"]) == (row["model"], row[key]))
+                       for key in ("method", "above"))
+        assert row["property"].value == pytest.approx(mine["property"].value - other["property"].value)
+        assert row["property"].high - row["property"].low > 100, "a pair or two say next to nothing of others"
     for row in part.rows:
         low, value, high = (getattr(row["accuracy"], k) for k in ("low", "value", "high"))
         assert 0 <= low <= value <= high <= 100 and row["n"] == 2
@@ -637,6 +644,13 @@ def test_comparisons_of_cost_are_undecided_where_a_quarter_of_the_steps_meets_th
 
     assert said(0.9, 1.0, 1.2).endswith("met (1 comparisons).") and "NOT" not in said(0.9, 1.0, 1.2)
     assert "noise: undecided" in said(1.0, 1.08, 1.2) and "noise: NOT MET by" in said(1.05, 1.08, 1.2)
+
+
+def test_comments_and_blank_lines_decide_no_picture():
+    """A tree of the code would be another on another version of Python."""
+    code = "a = 1  # why\n\n\n# all\ndef f():\n    # of it\n    return '#'  \n"
+    assert cells.essence(code) == "a = 1\ndef f():\n    return '#'"
+    assert cells.essence(code.replace("'#'", "'# '")) != cells.essence(code)
 
 
 def test_a_changed_method_costs_its_own_pictures_alone(monkeypatch):
