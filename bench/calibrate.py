@@ -13,8 +13,8 @@ from .generate import files
 from .stats import share_interval
 
 CFG = (1.0, 2.0, 3.0, 4.0, 5.0, 7.0)
-#: Category of the prompt list -> the tier that it shows; the second half at the model's own cfg only.
-ATTRIBUTES = {"frequent": "common", "ordinary": "ordinary", "property": "rare", "never": "never"}
+#: Category of the prompt list -> the tier that it shows, the most important first; OTHERS at the model's own cfg only.
+ATTRIBUTES = {"frequent": "common", "property": "rare", "never": "never", "ordinary": "ordinary"}
 OTHERS = {"usual texture": "usual texture", "texture": "rare texture", "usual relation": "usual relation",
           "relation": "rare relation"}
 CONTROL = {"ordinary": "frequent", "property": "frequent", "never": "frequent", "texture": "usual texture",

@@ -84,7 +84,7 @@ def work(rank: int, processes: int, arg: argparse.Namespace) -> None:
         with torch.no_grad(), half():
             z = torch.cat([vae["model"].encode(to_input(b)).float() for b in images.split(50)])
         np.save(file.with_suffix(".part.npy"), ((z - vae["mean"]) / vae["std"]).half().numpy())
-        file.with_suffix(".part.npy").rename(file)  # never a half-written shard
+        file.with_suffix(".part.npy").replace(file)  # never a half-written shard
 
 
 class Pictures:
