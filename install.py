@@ -23,7 +23,7 @@ def comfyui_version() -> str | None:
     except ImportError:
         pass
     above = Path(__file__).absolute().parents[2]
-    for tree in (Path(os.environ.get("COMFYUI_PATH") or above), above):  # the Manager says where ComfyUI is
+    for tree in (above, Path(os.environ.get("COMFYUI_PATH") or above)):  # where custom_nodes lies elsewhere
         file = tree / "comfyui_version.py"
         if file.is_file() and (found := re.search(r'__version__ = "([^"]+)"', file.read_text(encoding="utf-8"))):
             return found[1]

@@ -64,6 +64,8 @@ def main() -> None:
         parser.error(f"the table {args.table} has no use for --{', --'.join(unread)}")
     if args.check and args.shard[1] > 1:
         parser.error("--check: a share of the work does not change what is kept; check first, then share what is left")
+    if args.check and args.n and not args.out:
+        parser.error("--check: rows of --n are kept with their pictures, where none is of other code; --out keeps them")
     stems = [Path(name).stem for name in args.model]
     if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
         parser.error(f"--model: two models are called {', '.join(twice)}; measure them one after the other")
@@ -75,9 +77,8 @@ def main() -> None:
         torch.set_num_threads(threads)
     started = time.time()
     until = math.inf if args.minutes is None else time.monotonic() + 60 * args.minutes
-    kept = None if args.quick or args.n and not args.out else (args.out or RESULTS) / "kept"
     options = Options(args.quick, tuple(args.model), args.n, args.split, args.shard, args.work, args.precision,
-                      until, kept, args.check)
+                      until, None if args.quick else (args.out or RESULTS) / "kept", args.check)
     table = importlib.import_module(f".{TABLES[args.table][0]}", __package__).main(options)
     table.facts |= facts(started, args.quick)
     print(table.markdown())

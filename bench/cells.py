@@ -38,7 +38,7 @@ from PIL import Image, PngImagePlugin
 
 from rudder.host.demo import MODELS
 
-from . import ROOT, Options, commit, measures, rareshapes
+from . import RESULTS, ROOT, Options, commit, measures, rareshapes
 from .generate import Methods, Painter, Settings
 from .kept import Kept, agree, restored, rounded, whole
 from .rareshapes import RarePrompt
@@ -181,7 +181,8 @@ def open_store(work: Path, file: Path, options: Options, table: str = "scores") 
     settings = replace(painter.settings, steps=6) if options.quick else painter.settings
     usual = file.resolve().parent == MODELS.resolve() and options.precision == Options.precision
     name = f"{table}-{painter.name}" + ("" if usual else f"-{painter.digest}-{options.precision}")
-    kept = options.kept and options.kept / f"{name}.json"
+    published = RESULTS / "kept"  # holds no rows of another number of pictures
+    kept = None if options.kept == published and options.n else options.kept and options.kept / f"{name}.json"
     return Store(work, painter, settings, kept, writes=options.shard[1] == 1)
 
 
@@ -335,13 +336,14 @@ def marks(reading: Any, prompts: Sequence[RarePrompt]) -> tuple[dict[str, list[f
 class Todo:
     """A row of a table: its pictures, and the key under which what is seen of them is kept. ``seen``: of the pictures
     of the job of that number, ``right`` and other lists that the row has too; job after job they make the row's.
-    ``what`` is the table's."""
+    ``what`` is the table's; ``paintable``: whether this clone has all that the pictures need."""
 
     store: Store
     key: str
     jobs: Sequence[Job]
     seen: Callable[[int, np.ndarray], dict[str, list[float]]]
     what: Any = None
+    paintable: bool = True
 
     @classmethod
     def of(cls, store: Store, cell: Cell, some: Sequence[Job], judge: Callable, tag: str) -> Todo:
@@ -377,7 +379,7 @@ class Todo:
 def done(rows: Sequence[Todo], options: Options, say: Callable = print) -> list[Todo]:
     """Paint what is neither kept nor painted, as far as the options go; returns what is there then."""
     for row in rows if options.check else ():
-        if time.monotonic() < options.until:
+        if row.paintable and time.monotonic() < options.until:
             row.check()
     paint_all([(row.store, job) for row in rows if not row.kept for job in row.jobs], options.shard, say,
               options.until)
@@ -393,8 +395,8 @@ def digest_of_judge() -> str:
     """Of the judge's weights and of how it reads them."""
     from rudder.demo import judge
 
-    content = judge.DEFAULT.read_bytes() + Path(judge.__file__).read_bytes()
-    return hashlib.sha256(content).hexdigest()[:12]
+    code = essence(Path(judge.__file__).read_text(encoding="utf-8"))
+    return hashlib.sha256(judge.DEFAULT.read_bytes() + code.encode()).hexdigest()[:12]
 
 
 def tag_of(*parts: Any) -> str:

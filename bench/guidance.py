@@ -347,8 +347,8 @@ def not_by_pair(found: Found) -> list[str]:
             if not wide.apart():
                 said.append(f"{ROWS[key].name} at {cfg:g} ({wide.low:+.0f} .. {wide.high:+.0f})")
         if said:
-            out.append(f"Above or below CFG in what is right, but not when the pairs are the clusters, {model}: "
-                       f"{', '.join(said)}.")
+            out.append(f"Above or below CFG in what is right, but not when the pairs are the clusters (Student's t), "
+                       f"{model}: {', '.join(said)}.")
     return out
 
 
@@ -398,7 +398,8 @@ def notes(found: Found, options: Options, n: int, stores: Sequence[Store], missi
         f"the same prompts, the floor of the column; the saturation of all that distances are measured from is "
         f"{found.data:.3f}.",
         f"Intervals: 95 %, bootstrap clustered by prompt, so they are about these {len(pairs)} pairs of shape and "
-        "attribute in other colours and with other seeds; of Frechet distances jackknife over groups of prompts. "
+        "attribute in other colours and with other seeds; of Frechet distances jackknife over groups of prompts, in "
+        "the exact worlds Student's t over the batches. "
         "Differences are to CFG at the same cfg on the same pictures. 'Nearer the data': by how much the mean "
         "saturation lies nearer to that of true renders.",
         "Negatives (as uncond, extra, Perp-Neg) say another attribute of the same shape; AAPB, R2F and the blend have "
@@ -443,8 +444,9 @@ def todos(wanted: Sequence[tuple[str, float]], stores: Sequence[Store], n: int, 
         for store in stores:
             pair = cells_of(key, cfg, n, store.painter.parametrisation, made)
             jobs = [job for cell in pair for job in jobs_of(store, cell)]
-            out.append(todo_of(store, pair, jobs, (store, key, cfg, pair), *how))
-    return [row for row in out if row.kept or possible(*row.what[:2])]
+            row = todo_of(store, pair, jobs, (store, key, cfg, pair), *how)
+            out.append(replace(row, paintable=possible(store, key)))
+    return [row for row in out if row.kept or row.paintable]
 
 
 def found_of(ready: Sequence[cells.Todo], stores: Sequence[Store], true: Any, reader: Any, tag: str) -> Found:

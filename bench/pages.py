@@ -30,7 +30,8 @@ def value(x: Any, how: str) -> str:
 
 
 def interval(x: dict, how: str) -> str:
-    return f"{x['value']:{how}} ({x['low']:{how}} .. {x['high']:{how}})"
+    ends = "" if x["low"] is None else f" ({x['low']:{how}} .. {x['high']:{how}})"
+    return f"{x['value']:{how}}{ends}"
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:

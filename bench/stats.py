@@ -23,14 +23,16 @@ FEW = 20  # clusters; of fewer the interval is a jackknife's
 
 @dataclass(frozen=True)
 class Interval:
-    """A value and the interval around it, in the value's unit. Formats as '12.3 (10.1 .. 14.9)' with '.1f'."""
+    """A value and the interval around it, in the value's unit. Formats as '12.3 (10.1 .. 14.9)' with '.1f', and as the
+    value alone where the interval has no ends."""
 
     value: float
     low: float
     high: float
 
     def __format__(self, how: str) -> str:
-        return f"{self.value:{how}} ({self.low:{how}} .. {self.high:{how}})"
+        ends = f" ({self.low:{how}} .. {self.high:{how}})" if np.isfinite([self.low, self.high]).all() else ""
+        return f"{self.value:{how}}{ends}"
 
     def __mul__(self, factor: float) -> Interval:
         low, high = sorted((self.low * factor, self.high * factor))
@@ -70,7 +72,7 @@ def share_interval(marks: Sequence[float], clusters: Sequence, rng: np.random.Ge
 
 def _reaching(found: Interval, clusters: Sequence, lowest: float, level: float = 0.95, **options) -> Interval:
     """An interval of marks ``lowest`` .. 1, with the exact width where it has none."""
-    reach = 0.0 if found.low < found.high else 1 - ((1 - level) / 2) ** (1 / len(set(clusters)))
+    reach = 0.0 if found.high - found.low > 1e-9 else 1 - ((1 - level) / 2) ** (1 / len(set(clusters)))
     return Interval(found.value, max(found.low - reach, lowest), min(found.high + reach, 1.0))
 
 

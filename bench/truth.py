@@ -9,6 +9,7 @@ are). Slips of captions are left out: the truth shows what is said.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ SEED = 2410_02416
 CHUNK = 40_000  # scenes sampled at a time
 QUIET = np.array([1 - words.SAID["plain" if texture == "plain" else "texture"] for texture in world.TEXTURES])
 PICTURE = (world.SIZE, world.SIZE, 3)
+FILES = ("demo/world.py", "demo/draw.py", "demo/words.py", "bench/truth.py", "bench/seen.py", "bench/measures.py")
 Key = tuple[int, int, int]  # shape, attribute, colour
 
 
@@ -59,9 +61,9 @@ def renders(prompts: Sequence[RarePrompt], seed: int) -> np.ndarray:
 
 def tag(judge: str) -> str:
     """Of everything that decides what is seen in a picture: the judge's digest, the world's code and this file's."""
-    code = b"".join((ROOT / file).read_bytes() for file in ("demo/world.py", "demo/draw.py", "demo/words.py",
-                                                            "bench/truth.py", "bench/seen.py", "bench/measures.py"))
-    return hashlib.sha256(judge.encode() + code).hexdigest()[:12]
+    texts = [cells.essence((ROOT / file).read_text(encoding="utf-8")) for file in FILES]
+    marks = cells.essence(inspect.getsource(cells.marks))
+    return hashlib.sha256("\n".join([judge, *texts, marks]).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)

@@ -154,13 +154,12 @@ def check_spread(name: str, conds: Conds, positive: Conds) -> None:
 def lacking(conds: Conds, other: Conds, network: torch.nn.Module) -> list[str]:
     """What entries of ``other`` show the model beside the text, and no entry of ``conds`` does. Processed conds: what
     the model does not take makes no difference, and a ControlNet for all prompts is on all of them."""
-    undistilled = not getattr(getattr(network, "params", None), "guidance_embed", True)  # handed over, and not read
+    distilled = getattr(getattr(network, "params", None), "guidance_embed", True)
+    unread = set() if distilled else {"guidance"}  # the host hands it over all the same
 
     def counts(entry: dict, key: str) -> bool:
-        if key == "guidance" and undistilled:
-            return False
-        text = TEXT if key == "unclip_conditioning" else TEXT | {"y"}
-        return key == "control" or any(differ_in_model(entry, one, text) for one in conds)
+        beside = TEXT | unread if key == "unclip_conditioning" else TEXT | unread | {"y"}
+        return key == "control" or key not in unread and any(differ_in_model(entry, one, beside) for one in conds)
 
     return sorted({said for key, said in SHOWN.items() if all(entry.get(key) is None for entry in conds)
                    and any(entry.get(key) is not None and counts(entry, key) for entry in other)})

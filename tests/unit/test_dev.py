@@ -229,7 +229,7 @@ def test_an_old_installation_is_refused(dev, tmp_path):
 def test_a_tree_of_an_earlier_dev_is_explained(dev, tmp_path, monkeypatch):
     monkeypatch.setenv("RUDDER_CACHE", str(tmp_path))
     monkeypatch.setenv("COMFYUI_PATH", str(installation(tmp_path / "comfyui-0.29.0-1", "0.29.0")))
-    with pytest.raises(dev.Problem, match="of an earlier dev.py; this one knows 0.30.0 and 0.18.2: unset it"):
+    with pytest.raises(dev.Problem, match="of an earlier dev.py, this one knows 0.30.0 and 0.18.2: leave"):
         dev.find_host(dev.parser().parse_args(["run"]))
 
 

@@ -80,6 +80,7 @@ def test_clusters_may_be_words_and_unequal_and_values_missing(more):
 def test_one_cluster_says_nothing_of_others():
     found = mean_interval([2.0, 2.5], ["a", "a"], np.random.default_rng(0))
     assert (found.value, found.low, found.high) == (2.25, -np.inf, np.inf) and not found.apart()
+    assert f"{found:.2f}" == "2.25"
     assert share_interval([1.0, 0.0], ["a", "a"], np.random.default_rng(0)) == Interval(0.5, 0.0, 1.0)
 
 
@@ -103,6 +104,8 @@ def test_marks_that_all_agree_still_have_a_width():
     none = share_interval([0.0] * 22, range(22), rng)
     assert (none.value, none.low) == (0.0, 0.0) and none.high == pytest.approx(0.1544, abs=1e-4)
     assert share_interval([1.0] * 22, [0, 1] * 11, rng).low < every.low, "two prompts say less than 22"
+    alike = share_interval([1.0, 0.0, 0.0, 0.0, 0.0] * 3, [0] * 5 + [1] * 5 + [2] * 5, rng)
+    assert alike.low == 0.0 and alike.high > 0.8, "three prompts that agree, but for rounding"
     mixed = [1.0, 0.0] * 11
     assert share_interval(mixed, range(22), np.random.default_rng(8)) == mean_interval(
         mixed, range(22), np.random.default_rng(8))
