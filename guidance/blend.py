@@ -1,4 +1,4 @@
-"""Fixed prompt blending: the baseline that AAPB improves on (Lee et al., arXiv 2603.19158, Eq. 8 with constant gamma).
+"""Fixed prompt blending, Lee et al., arXiv 2603.19158, Eq. 8 with a constant gamma, which AAPB computes instead.
 
     D~ = D_u + w [ (1 - gamma) D_T + gamma D_A - D_u ]
 
