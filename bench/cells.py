@@ -23,6 +23,7 @@ import re
 import statistics
 import sys
 import tempfile
+import textwrap
 import time
 import tokenize
 import zlib
@@ -48,6 +49,7 @@ BATCH = 32  # pictures a file and a batch: a process that is ended loses at most
 CODE = ("guidance/contract.py", "guidance/space.py", "attention/contract.py", "attention/sites.py", "host/patch.py",
         "host/run.py", "host/conds.py", "host/attention.py", "host/sites/__init__.py", "host/sites/unet.py",
         "host/sites/flux.py", "host/words.py", "host/demo.py", "bench/generate.py")
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 PURE = ("guidance", "attention", "inversion", "identity")  # folders of methods
 
 
@@ -118,8 +120,13 @@ def jobs(cell: Cell, methods: Methods | None = None, **more: Any) -> list[Job]:
 
 @functools.cache
 def essence(code: str) -> str:
-    """Python code without comments and blank lines: the same on every version of Python, unlike a tree of it."""
+    """Python code without comments, docstrings and blank lines: the same on every version of Python, unlike a tree."""
+    code = textwrap.dedent(code)
     lines = code.splitlines()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
+            said = node.body[0]
+            lines[said.lineno - 1:said.end_lineno] = [""] * (said.end_lineno - said.lineno + 1)
     for token in tokenize.generate_tokens(io.StringIO(code).readline):
         if token.type == tokenize.COMMENT:
             row, column = token.start
@@ -128,7 +135,7 @@ def essence(code: str) -> str:
 
 
 def code_digest() -> str:
-    """Of CODE, without comments."""
+    """Of CODE: its :func:`essence`."""
     texts = [essence((ROOT / file).read_text(encoding="utf-8")) for file in CODE]
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
@@ -400,7 +407,7 @@ def digest_of_judge() -> str:
 
 
 def tag_of(*parts: Any) -> str:
-    """Of the judge, and of the modules and functions through which a table sees pictures, without comments."""
+    """Of the judge, and of the modules and functions through which a table sees pictures."""
     texts = [essence(inspect.getsource(part)) for part in parts]
     return hashlib.sha256("\n".join([digest_of_judge(), *texts]).encode()).hexdigest()[:12]
 

@@ -646,9 +646,9 @@ def test_comparisons_of_cost_are_undecided_where_a_quarter_of_the_steps_meets_th
     assert "noise: undecided" in said(1.0, 1.08, 1.2) and "noise: NOT MET by" in said(1.05, 1.08, 1.2)
 
 
-def test_comments_and_blank_lines_decide_no_picture():
+def test_comments_docstrings_and_blank_lines_decide_no_picture():
     """A tree of the code would be another on another version of Python."""
-    code = "a = 1  # why\n\n\n# all\ndef f():\n    # of it\n    return '#'  \n"
+    code = '"""Of it."""\na = 1  # why\n\n\n# all\ndef f():\n    """Of\n    f # it."""\n    # so\n    return \'#\' \n'
     assert cells.essence(code) == "a = 1\ndef f():\n    return '#'"
     assert cells.essence(code.replace("'#'", "'# '")) != cells.essence(code)
 
