@@ -56,7 +56,7 @@ SOURCES = {
 }
 PYTHONS = ((3, 10), (3, 13))
 TEMP = ("TMPDIR", "TEMP", "TMP")
-DISK_GB = 10  # the packages, the environment they become (5 GB stay), and pip's cache of them
+DISK_GB = 10  # the packages, the environment they become (6 GB stay), and pip's cache of them
 START_SECONDS = 600
 MOST_JOBS = 4  # phases of tests at a time: each takes 2 to 4 GB of memory
 PLOTTED = {"rare", "guidance", "edit", "exact"}  # tables of bench that need matplotlib, which ComfyUI does not bring
@@ -748,7 +748,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, text: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False, add_help=name != "bench")
         command.add_argument("--comfyui", metavar="PATH", help="use this installation instead (or set COMFYUI_PATH)")
         command.set_defaults(version=MAIN)
         if name not in ("test", "bench", "matrix"):  # tests run on both versions, measurements on the newest

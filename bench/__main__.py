@@ -37,7 +37,7 @@ def part(text: str) -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Measure one table and print it as Markdown.")
+    parser = argparse.ArgumentParser(prog="dev.py bench", description="Measure one table and print it as Markdown.")
     parser.add_argument("table", nargs="?", default="cost", choices=TABLES, help="default %(default)s")
     parser.add_argument("--quick", action="store_true", help="a small run that only shows that everything works")
     parser.add_argument("--model", nargs="+", default=[], help="demo models by name or file (default: all)")
@@ -55,7 +55,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder of the results (default bench/results; quick: none)")
     parser.add_argument("--check", action="store_true",
                         help="paint the first batch of every kept row again and drop the rows that have changed")
-    parser.epilog = "tables: " + "; ".join(f"{name}: {what}" for name, (_, what) in TABLES.items())
+    said = "; ".join(f"{name}: {what}" for name, (_, what) in TABLES.items())
+    parser.epilog = f"dev.py also takes --comfyui PATH, an installation of yours; tables: {said}"
     args = parser.parse_args()
     if args.n is not None and args.n < 1:
         parser.error("--n must be at least 1")
@@ -65,7 +66,7 @@ def main() -> None:
     if args.check and args.shard[1] > 1:
         parser.error("--check: a share of the work does not change what is kept; check first, then share what is left")
     if args.check and args.n and not args.out:
-        parser.error("--check: rows of --n are kept with their pictures, where none is of other code; --out keeps them")
+        parser.error("--check looks at the rows of the published table: leave out --n, or name the --out of your own")
     stems = [Path(name).stem for name in args.model]
     if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
         parser.error(f"--model: two models are called {', '.join(twice)}; measure them one after the other")

@@ -172,6 +172,7 @@ def rows_of(world: World, plan: Plan) -> tuple[list[dict[str, Any]], pictures.Sh
                 model = add_guidance(model, guidance)
             for weight in (w for w in plan.weights if w >= method.least):
                 samples, seen = sample(model, world, weight, plan.count, plan.steps)
+                print(f"{world.name}, {kind.value}: {method.name} at cfg {weight:g}", flush=True)
                 rows.append({
                     "model": kind.value, "method": method.name, "cfg": weight, **measured(ruler, samples, truth, plan),
                     "evaluations": sum(seen) / len(seen),

@@ -481,3 +481,10 @@ def test_no_phase_at_a_time_is_refused(dev, capsys, jobs):
 def test_a_missing_workflow_is_named(dev, capsys):
     assert dev.main(["run", "no/such.json"]) == 1
     assert "there is no workflow no/such.json" in capsys.readouterr().err.replace("\\", "/")
+
+
+def test_bench_says_its_own_help(dev, monkeypatch):
+    called = []
+    monkeypatch.setattr(dev, "find_host", lambda args: dev.Host(Path("tree"), Path("python"), dev.MAIN))
+    monkeypatch.setattr(dev, "call", lambda command, env: called.append(command) or 0)
+    assert dev.main(["bench", "rare", "--help"]) == 0 and called == [["python", "-m", "bench", "rare", "--help"]]
