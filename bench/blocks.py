@@ -130,7 +130,7 @@ def main(options: Options) -> Table:
 
     reader, n = judge.load(), options.n or (8 if options.quick else 64)
     pictures = 8 if options.quick else PICTURES
-    tag = truth.tag(cells.digest_of_judge())
+    tag = truth.tag()
     true = truth.Truth.of([p for cell in pair(PLAIN, n, ()) for p in cell.prompts], reader,
                           4 if options.quick else truth.EACH)
     if n < 4:

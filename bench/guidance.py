@@ -470,7 +470,7 @@ def main(options: Options) -> Table:
     from . import guidanceplots, guidanceworlds, truth, variety
 
     reader = judge.load()
-    tag = truth.tag(cells.digest_of_judge())
+    tag = truth.tag()
     n = options.n or (8 if options.quick else 128)
     if n < 4:
         raise SystemExit("bench guidance: --n must be at least 4, or no distance of distributions can be measured.")

@@ -8,9 +8,8 @@ are). Slips of captions are left out: the truth shows what is said.
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 
 from rudder.demo import draw, words, world
 
-from . import ROOT, cells, measures
+from . import cells, measures, seen
 from .cells import Cell, Store
 from .generate import Painter
 from .rareshapes import RarePrompt
@@ -31,7 +30,6 @@ SEED = 2410_02416
 CHUNK = 40_000  # scenes sampled at a time
 QUIET = np.array([1 - words.SAID["plain" if texture == "plain" else "texture"] for texture in world.TEXTURES])
 PICTURE = (world.SIZE, world.SIZE, 3)
-FILES = ("demo/world.py", "demo/draw.py", "demo/words.py", "bench/truth.py", "bench/seen.py", "bench/measures.py")
 Key = tuple[int, int, int]  # shape, attribute, colour
 
 
@@ -59,11 +57,9 @@ def renders(prompts: Sequence[RarePrompt], seed: int) -> np.ndarray:
     return out
 
 
-def tag(judge: str) -> str:
-    """Of everything that decides what is seen in a picture: the judge's digest, the world's code and this file's."""
-    texts = [cells.essence((ROOT / file).read_text(encoding="utf-8")) for file in FILES]
-    marks = cells.essence(inspect.getsource(cells.marks))
-    return hashlib.sha256("\n".join([judge, *texts, marks]).encode()).hexdigest()[:12]
+def tag() -> str:
+    """Of everything that decides what is seen in a picture: the judge, the world's code and this file's."""
+    return cells.tag_of(world, draw, words, sys.modules[__name__], seen, measures, cells.marks)
 
 
 @dataclass(frozen=True)
